@@ -1,0 +1,200 @@
+"""LLaMA, as small as it goes, under Hugging Face's parameter names.
+
+Vocabulary from the data, untied embeddings, no biases, RMSNorm before each sub-layer, rotary positions, causal
+attention, SwiGLU, no dropout; weights N(0, 0.02), gains 1 (arXiv 2605.17787 and its release).
+
+The logits of a batch never exist all at once. At 64 sequences of 256 tokens and a vocabulary of 32,000 they would take
+2 GiB in fp32, and their gradient as much again. The output layer and the cross-entropy are one function instead, which
+walks over chunks of rows and works out its gradients while it has the logits in hand: see `OutputLoss`.
+
+    >>> model = LLaMA(Config.named("nano", vocab_size=4096))
+    >>> loss_sum = model(tokens, targets)    # [B, T] int64 each -> fp32 scalar, the SUM of the token losses
+    >>> logits = model(tokens)               # [B, T, vocab_size]
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+IGNORE = -100  # a target that counts for nothing: padding (PyTorch's own convention)
+
+#        hidden    ffn  layers  heads
+SIZES = {
+    "nano": (128,   352,  4,  4),   # ours: for a CPU
+    "60m":  (512,  1376,  8,  8),   # 58,073,600 parameters at a vocabulary of 32,000
+    "130m": (768,  2048, 12, 12),   # 134,105,856
+    "350m": (1024, 2736, 24, 16),   # 367,969,280
+    "1b":   (2048, 5461, 24, 32),   # 1,339,082,752
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    hidden: int
+    ffn: int
+    layers: int
+    heads: int
+    vocab_size: int
+
+    @classmethod
+    def named(cls, name, vocab_size):
+        return cls(*SIZES[name], vocab_size)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim, eps=1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x):
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+def rotary(length, head_dim, device, base=10_000.0):
+    """cos and sin of the angle position / base^(2i/head_dim): [length, head_dim/2] each, fp32."""
+    freq = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * freq
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Rotate the pairs (x_i, x_{i + head_dim/2}) of x [B, heads, T, head_dim]: the half-split form."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.heads = c.heads
+        self.q_proj = nn.Linear(c.hidden, c.hidden, bias=False)
+        self.k_proj = nn.Linear(c.hidden, c.hidden, bias=False)
+        self.v_proj = nn.Linear(c.hidden, c.hidden, bias=False)
+        self.o_proj = nn.Linear(c.hidden, c.hidden, bias=False)
+
+    def forward(self, x, cos, sin):
+        B, T, d = x.shape
+        q, k, v = (proj(x).view(B, T, self.heads, -1).transpose(1, 2)  # [B, heads, T, head_dim]
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, d))
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden, c.ffn, bias=False)
+        self.up_proj = nn.Linear(c.hidden, c.ffn, bias=False)
+        self.down_proj = nn.Linear(c.ffn, c.hidden, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.self_attn = Attention(c)
+        self.mlp = MLP(c)
+        self.input_layernorm = RMSNorm(c.hidden)
+        self.post_attention_layernorm = RMSNorm(c.hidden)
+
+    def forward(self, x, cos, sin):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.head_dim = c.hidden // c.heads
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden)
+        self.layers = nn.ModuleList(Layer(c) for _ in range(c.layers))
+        self.norm = RMSNorm(c.hidden)
+
+    def forward(self, tokens):
+        x = self.embed_tokens(tokens)  # [B, T, hidden]
+        cos, sin = rotary(tokens.shape[1], self.head_dim, tokens.device)
+        for layer in self.layers:
+            x = layer(x, cos, sin)
+        return self.norm(x)
+
+
+def chunk_loss(h, w, y, grad):
+    """One chunk: rows h [n, hidden], output matrix w [vocab, hidden], targets y [n]. Returns the loss summed over the
+    rows and, if asked, its gradient in the logits, softmax - onehot, [n, vocab] (else None)."""
+    logits = (h @ w.T).float()
+    valid = y != IGNORE
+    label = y.clamp(min=0)[:, None]
+    norm = logits.logsumexp(-1, keepdim=True)
+    loss = ((norm - logits.gather(-1, label)).squeeze(-1) * valid).sum()
+    if not grad:
+        return loss, None
+    onehot = torch.arange(logits.shape[1], device=y.device) == label
+    return loss, (((logits - norm).exp() - onehot.float()) * valid[:, None]).to(h.dtype)
+
+
+class OutputLoss(torch.autograd.Function):
+    """The output layer and the cross-entropy: sum of -log softmax(hidden @ weight.T)[targets] over the rows.
+
+    hidden [N, hidden], weight [vocab, hidden], targets [N] int64 or IGNORE; `chunk` rows at a time. Forward computes
+    the gradients while it has the logits in hand: they cost less to keep ([N, hidden] and the weight's own shape) than
+    the logits ([N, vocab]) would. Products run in the autocast dtype, all else in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, chunk, chunk_loss):
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        h, w = hidden.to(dtype), weight.to(dtype)
+        grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        grad_h = torch.empty_like(h) if grad else None
+        grad_w = torch.zeros_like(weight) if grad else None
+        total = torch.zeros((), device=hidden.device)
+        for i in range(0, len(h), chunk):
+            rows = h[i:i + chunk]
+            loss, g = chunk_loss(rows, w, targets[i:i + chunk], grad)
+            total += loss
+            if grad:
+                torch.mm(g, w, out=grad_h[i:i + chunk])
+                if dtype == weight.dtype:
+                    grad_w.addmm_(g.T, rows)
+                else:
+                    grad_w += g.T @ rows
+        ctx.grads = grad_h, grad_w
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        grad_h, grad_w = ctx.grads
+        return grad_h * grad_output, grad_w * grad_output, None, None, None
+
+
+class LLaMA(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden, config.vocab_size, bias=False)
+        self.chunk_loss = chunk_loss
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+
+    def compile(self):
+        """torch.compile, in place. The loop over chunks stays outside: unrolled, it would compile for minutes."""
+        self.model.compile()
+        self.chunk_loss = torch.compile(chunk_loss)
+
+    def forward(self, tokens, targets=None, chunk=None):
+        """tokens [B, T] int64. Without targets: logits [B, T, vocab]. With targets [B, T] (int64, IGNORE to skip):
+        the sum of the token losses in nats, an fp32 scalar; `chunk` rows of logits exist at a time."""
+        x = self.model(tokens)
+        if targets is None:
+            return self.lm_head(x)
+        chunk = chunk or (4096 if x.is_cuda else 256)  # a CPU's cache holds 256 rows; a GPU wants larger products
+        return OutputLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), chunk, self.chunk_loss)
