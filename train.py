@@ -1,0 +1,487 @@
+"""One training run.
+
+    a CPU       python train.py --data=data/python --optimizer=clipped_sgd --lr=100 --out=runs/first
+    one GPU     python train.py --model=130m --data=data/c4 --batch_size=2048 --micro_batch=128 --steps=5000 --out=runs/130m
+    eight       torchrun --standalone --nproc_per_node=8 train.py --model=130m ... (the same settings)
+    two nodes   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_id=1 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ...
+
+The world size and --micro_batch change the speed, never the batches: the losses stay the same to rounding. Started again
+with the same settings, a run goes on from its last checkpoint, on a CPU bit for bit as if it had never stopped. SIGTERM
+and Ctrl-C save first. OUT (on a disk that all nodes share) gets config.json, metrics.jsonl and ckpt.pt.
+"""
+import contextlib
+import hashlib
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import optim
+from loader import Batches, DataError, Sequences, eval_blocks
+from model import SIZES, Config, LLaMA
+
+
+@dataclass
+class Settings:
+    out: str = ""                      # folder of this run; the run that it holds is continued
+    data: str = "data/python"          # data directory, made by data/prepare.py
+    model: str = "nano"                # nano, 60m, 130m, 350m or 1b; the vocabulary is the data's
+    seed: int = 42                     # of the initial weights and of the order of the data
+    optimizer: str = "clipped_sgd"     # clipped_sgd, sgd or adamw
+    lr: float | None = None            # peak learning rate; none: the optimizer's own in LRS
+    momentum: float = 0.9              # clipped_sgd, sgd: beta of the moving average of the gradient
+    token_clip: float | None = 1e-3    # clipped_sgd: largest L2 norm of a row of lm_head's momentum, gradient units; or none
+    update_clip: float | None = 5e-4   # clipped_sgd: largest RMS of a tensor's update, weight units; or none
+    beta1: float = 0.9                 # adamw
+    beta2: float = 0.95                # adamw
+    weight_decay: float = 0.0          # adamw: decoupled, times lr
+    grad_clip: float | None = None     # any optimizer: largest global L2 norm of the gradient; or none
+    batch_size: int = 64               # sequences of a step, over all devices and micro-batches
+    micro_batch: int | None = None     # sequences that a device takes at a time; none: its whole share
+    steps: int = 200                   # optimizer steps
+    warmup: float = 0.1                # fraction of the steps over which lr rises linearly
+    min_lr: float = 0.1                # fraction of the peak at which the cosine ends
+    eval_every: int = 50               # steps; also before the first and after the last
+    eval_tokens: int = 100_000         # validation targets, the same each time
+    log_every: int = 10                # steps between printed lines; metrics.jsonl has every step
+    save_every: int = 100              # steps between checkpoints
+    compile: bool = True               # torch.compile
+    dtype: str = "auto"                # of training's matrix products: float32 or bfloat16; auto: bfloat16 on a GPU
+    device: str = "auto"               # cpu or cuda; auto: cuda if there is one
+
+
+LRS = {"clipped_sgd": 100.0, "sgd": 1.0, "adamw": 3e-3}  # best at nano on data/python: `make lr`
+USES = {"clipped_sgd": ("momentum", "token_clip", "update_clip"), "sgd": ("momentum",),
+        "adamw": ("beta1", "beta2", "weight_decay")}
+ELSEWHERE = ("out", "data", "micro_batch", "log_every", "save_every", "compile", "device")  # may change on resume
+
+
+class UserError(Exception):
+    """One line for the user: what is wrong, where, and the remedy. `status` is the exit status."""
+
+    def __init__(self, message, status=1):
+        super().__init__(message)
+        self.status = status
+
+
+# ---- settings -------------------------------------------------------------------------------------------------------
+
+def help_text():
+    lines = inspect.getsource(Settings).splitlines()
+    found = (re.match(r"\s+(\w+): .*? = (.*?)\s+# (.*)", line) for line in lines)
+    return __doc__ + "\nSettings, as --name=value or --name value:\n" + "\n".join(
+        f"  --{m[1]:13}{m[3]} [{m[2]}]" for m in found if m)
+
+
+def parse(argv):
+    """argv -> Settings, checked as far as they can be without the data."""
+    kinds = {f.name: f.type for f in fields(Settings)}
+    given, words = {}, list(argv)
+    while words:
+        name, equals, value = words.pop(0).partition("=")
+        key = name.removeprefix("--")
+        if name in ("--help", "-h"):
+            print(help_text())
+            sys.exit(0)
+        if not name.startswith("--") or key not in kinds:
+            raise UserError(f"unknown setting {name}: --help lists them", 2)
+        if not equals and not words:
+            raise UserError(f"{name} needs a value: {name}=...", 2)
+        given[key] = convert(name, value if equals else words.pop(0), kinds[key])
+    s = Settings(**given)
+
+    def need(ok, message):
+        if not ok:
+            raise UserError(message, 2)
+    need(s.out, "--out is missing: name a folder for the run, for instance --out=runs/first")
+    need(s.model in SIZES, f"--model={s.model}: choose from {', '.join(SIZES)}")
+    need(s.optimizer in USES, f"--optimizer={s.optimizer}: choose from {', '.join(USES)}")
+    for optimizer, names in USES.items():
+        for name in names:
+            need(name not in given or name in USES[s.optimizer],
+                 f"--{name} does nothing for --optimizer={s.optimizer}: drop it, or use {optimizer}")
+    s.lr = LRS[s.optimizer] if s.lr is None else s.lr
+    for name in ("lr", "token_clip", "update_clip", "grad_clip", "batch_size", "micro_batch", "steps", "eval_every",
+                 "eval_tokens", "log_every", "save_every"):
+        value = getattr(s, name)
+        need(value is None or 0 < value < math.inf, f"--{name}={value}: it must be above 0")
+    for name in ("momentum", "beta1", "beta2"):
+        need(0 <= getattr(s, name) < 1, f"--{name}={getattr(s, name)}: it must be at least 0 and below 1")
+    need(0 <= s.warmup <= 1, f"--warmup={s.warmup}: it is a fraction of the steps, from 0 to 1; a longer one never ends")
+    need(0 <= s.min_lr <= 1, f"--min_lr={s.min_lr}: it is a fraction of the peak, from 0 to 1")
+    need(s.weight_decay >= 0, f"--weight_decay={s.weight_decay}: it must be at least 0")
+    need(s.seed >= 0, f"--seed={s.seed}: it must be at least 0")
+    need(s.dtype in ("auto", "float32", "bfloat16"), f"--dtype={s.dtype}: choose auto, float32 or bfloat16")
+    need(s.device in ("auto", "cpu", "cuda"), f"--device={s.device}: choose auto, cpu or cuda")
+    need(s.device != "cuda" or torch.cuda.is_available(), "--device=cuda: PyTorch sees no GPU here; use --device=cpu")
+    return s
+
+
+def convert(name, text, kind):
+    if text.lower() == "none" and type(None) in getattr(kind, "__args__", ()):
+        return None
+    kind = getattr(kind, "__args__", (kind,))[0]
+    with contextlib.suppress(ValueError, KeyError):
+        return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+    words = {int: "a whole number", float: "a number", bool: "true or false"}
+    raise UserError(f"{name}={text}: expected {words[kind]}", 2)
+
+
+# ---- the run's folder -----------------------------------------------------------------------------------------------
+
+class Folder:
+    """config.json, metrics.jsonl and ckpt.pt of one run. Only rank 0 writes."""
+
+    def __init__(self, path, identity):
+        self.path, self.identity = Path(path), identity  # identity: the settings that make a run what it is
+        self.config, self.metrics, self.ckpt = (self.path / n for n in ("config.json", "metrics.jsonl", "ckpt.pt"))
+
+    def claim(self, about):
+        """Make the folder, or see that it is this run's. Returns the final line of a finished run, else None."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--out={self.path} is a file: choose another")
+        if self.config.exists():
+            try:
+                theirs = json.loads(self.config.read_text())["identity"]
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{self.config} is broken: delete {self.path}, or choose another --out") from None
+            self.compare(theirs, self.path)
+            if self.metrics.exists():
+                last = self.metrics.read_bytes().splitlines()[-1:]
+                with contextlib.suppress(ValueError, KeyError):
+                    line = json.loads(last[0]) if last else {}
+                    return line if line.get("final") else None
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise UserError(f"--out={self.path} holds other files and no run: choose another")
+        else:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.write(self.config, lambda f: f.write(json.dumps({"identity": self.identity, **about}, indent=1).encode()))
+
+    def compare(self, theirs, where):
+        keys = {*self.identity, *theirs}
+        other = [f"{k}={theirs.get(k)} (now {self.identity.get(k)})" for k in sorted(keys)
+                 if theirs.get(k) != self.identity.get(k)]
+        if other:
+            raise UserError(f"{where} belongs to a run with {', '.join(other)}: choose another --out, or delete it")
+
+    def write(self, path, fill):
+        """All of a file or the old one: a temporary file, synced, then renamed."""
+        tmp = path.with_name(path.name + ".tmp")
+        try:
+            with open(tmp, "wb") as f:
+                fill(f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(tmp, path)
+        except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
+            tmp.unlink(missing_ok=True)
+            kept = "; the one before it is kept" if path.exists() else ""
+            raise UserError(f"could not write {path} ({getattr(e, 'strerror', None) or str(e).splitlines()[0]}){kept}: "
+                            f"make room and start again") from None
+
+    def append(self, lines):
+        text = "".join(json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v
+                                   for k, v in line.items()}) + "\n" for line in lines)
+        try:
+            with open(self.metrics, "a") as f:
+                f.write(text)
+        except OSError as e:
+            raise UserError(f"could not write {self.metrics} ({e.strerror}): make room and start again") from None
+
+    def save(self, step, seconds, loss, model, optimizer):
+        with open(self.metrics, "ab") as f:
+            os.fsync(f.fileno())
+            size = f.tell()
+        state = {"identity": self.identity, "step": step, "seconds": seconds, "metrics_bytes": size,
+                 "val_loss": loss, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        self.write(self.ckpt, lambda f: torch.save(state, f))
+
+    def load(self, model, optimizer):
+        """Restore the checkpoint, if there is one. Returns step, seconds, bytes of metrics.jsonl, validation loss."""
+        if not self.ckpt.exists():
+            return 0, 0.0, 0, None
+        try:
+            state = torch.load(self.ckpt, map_location="cpu", weights_only=True)
+            self.compare(state["identity"], self.ckpt)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            return state["step"], state["seconds"], state["metrics_bytes"], state["val_loss"]
+        except UserError:
+            raise
+        except Exception as e:  # a torn or foreign file fails in many ways, all with this remedy
+            raise UserError(f"{self.ckpt} is damaged or no checkpoint of train.py ({type(e).__name__}): restore it from a "
+                            f"copy, or delete it to start from step 0") from None
+
+
+# ---- the parts of a run ---------------------------------------------------------------------------------------------
+
+class World:
+    """The processes of this run: torchrun's, or this one alone."""
+
+    def __init__(self, device):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        cuda = device == "cuda" or device == "auto" and torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+        if self.size > 1:
+            dist.init_process_group("nccl" if cuda else "gloo")
+            self.host = dist.new_group(backend="gloo")  # for what must not wait for the GPU
+
+    def any(self, flag):
+        """Is `flag` true on some rank?"""
+        if self.size == 1:
+            return bool(flag)
+        flags = torch.tensor([int(flag)])
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.host)
+        return bool(flags.item())
+
+    def sum(self, tensor):
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def first(self, function):
+        """function() of rank 0, its result or its UserError on every rank."""
+        if self.size == 1:
+            return function()
+        answer = [None, None]
+        if self.rank == 0:
+            try:
+                answer[0] = function()
+            except UserError as e:
+                answer[1] = str(e)
+        dist.broadcast_object_list(answer, group=self.host)
+        if answer[1]:
+            raise UserError(answer[1])
+        return answer[0]
+
+
+def learning_rate(s, step):
+    """The lr of step 0, 1, ...: linear over the first warmup * steps, then a cosine to min_lr of the peak."""
+    rise = round(s.warmup * s.steps)
+    if step < rise:
+        return s.lr * (step + 1) / rise
+    share = (step + 1 - rise) / max(1, s.steps - rise)
+    return s.lr * (s.min_lr + (1 - s.min_lr) * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def can_compile(device):
+    """torch.compile on a CPU needs a C++ compiler and Python's headers: try, rather than guess."""
+    if device.type == "cuda":
+        return True
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8))
+        return True
+    except Exception:
+        return False
+
+
+@torch.no_grad()
+def evaluate(step, model, sequences, s, world, rows, folder):
+    """Validation loss in nats, in fp32: the sum of the token losses of a fixed set over their number, on all ranks."""
+    total = torch.zeros(2, dtype=torch.float64, device=world.device)  # losses, targets
+    for x, y in eval_blocks(sequences, s.eval_tokens, rows, world.rank, world.size):
+        x, y = x.to(world.device), y.to(world.device)
+        total += torch.stack((model(x, y).double(), (y != -100).sum().double()))
+    loss, tokens = world.sum(total).tolist()
+    if world.rank == 0:
+        folder.append([{"step": step, "val_loss": loss / tokens, "val_tokens": int(tokens)}])
+        print(f"step {step:>{len(str(s.steps))}}/{s.steps}  validation loss {loss / tokens:.4f}", flush=True)
+    return loss / tokens
+
+
+class Log:
+    """A line of metrics.jsonl for every step. The values stay on the device until flush(): only there is it waited for."""
+
+    def __init__(self, s, world, folder, sequences):
+        self.s, self.world, self.folder, self.pending = s, world, folder, []
+        self.tokens_per_step = s.batch_size * sequences.seq_len  # padding included, as the paper counts
+        self.limit = 2 * math.log(sequences.vocab_size)  # ours: a run has diverged at twice the loss of a uniform guess
+
+    def add(self, lr, values):
+        self.pending.append((lr, values))
+
+    def flush(self, step, mark):
+        """Write the lines up to `step`, begun at time `mark`. Returns the seconds they took, and the step that diverged."""
+        if not self.pending:
+            return 0.0, None
+        names = list(self.pending[0][1])
+        table = torch.stack([torch.stack(list(values.values())) for _, values in self.pending])  # [steps, names]
+        table[:, 0] = self.world.sum(table[:, 0].clone())  # train_loss: each rank has its part of the sum
+        rows = table.tolist()
+        seconds = time.time() - mark
+        speed = len(rows) * self.tokens_per_step / seconds
+        lines, diverged = [], None
+        for number, ((lr, _), row) in enumerate(zip(self.pending, rows), step - len(rows) + 1):
+            lines.append({"step": number, "lr": lr, "tokens": number * self.tokens_per_step, "tok_per_s": round(speed),
+                          **dict(zip(names, row))})
+            if not all(map(math.isfinite, row)) or row[0] > self.limit:
+                diverged = number
+                break
+        self.pending = []
+        if self.world.rank == 0:
+            self.folder.append(lines)
+            if step % self.s.log_every == 0 or diverged:
+                self.show(lines[-1], speed)
+        return seconds, diverged
+
+    def show(self, line, speed):
+        s, left = self.s, (self.s.steps - line["step"]) * self.tokens_per_step / speed
+        clips = [f"{line['clipped_' + what]:.0%} of {what}" for what in ("tensors", "rows") if "clipped_" + what in line]
+        print(f"step {line['step']:>{len(str(s.steps))}}/{s.steps}  loss {line['train_loss']:.4f}  lr {line['lr']:<8.3g}  "
+              f"gradient {line['grad_norm']:<8.2g}  {speed:,.0f} tok/s  "
+              f"{'clipped ' + ', '.join(clips) + '  ' if clips else ''}{clock(left)} left", flush=True)
+
+
+def clock(seconds):
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}".removeprefix("0:")
+
+
+def describe(s, world, meta):
+    """What config.json says of this run: enough to repeat it."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    name = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor() or platform.machine()
+    return {"settings": asdict(s), "data": {k: meta.get(k) for k in ("tokens", "vocab_size", "layout", "seq_len")},
+            "git_commit": git.stdout.strip() or None, "device": f"{name}, {torch.get_num_threads()} threads",
+            "world_size": world.size, "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
+
+
+def train(s):
+    world = World(s.device)
+    device, master = world.device, world.rank == 0
+
+    def say(text):
+        if master:
+            print(text, flush=True)
+
+    # batches, and how a batch falls on processes and micro-batches
+    sequences, valid = Sequences(s.data, "train"), Sequences(s.data, "val")
+    batches = Batches(sequences, s.batch_size, s.seed)
+    share, rest = divmod(s.batch_size, world.size)
+    if rest:
+        raise UserError(f"--batch_size={s.batch_size} does not divide among {world.size} processes: choose a multiple", 2)
+    rows = s.micro_batch or share
+    if share % rows:
+        raise UserError(f"--micro_batch={rows} does not divide the {share} sequences of a process (--batch_size="
+                        f"{s.batch_size} over {world.size}): choose a divisor", 2)
+
+    # model and optimizer; the weights are drawn on the CPU, so that a seed means the same everywhere
+    torch.manual_seed(s.seed)
+    model = LLaMA(Config.named(s.model, sequences.vocab_size)).to(device)
+    optimizer = optim.build(s.optimizer, model, s.lr, **{name: getattr(s, name) for name in USES[s.optimizer]})
+    optimizer.report = True
+    parameters = list(model.parameters())
+
+    # the folder: refuse another run's, stop if this one is finished, else go on where it stopped
+    data_sha256 = hashlib.sha256((Path(s.data) / "meta.json").read_bytes()).hexdigest()
+    identity = {k: v for k, v in asdict(s).items() if k not in ELSEWHERE} | {"data_sha256": data_sha256}
+    folder = Folder(s.out, identity)
+    final = world.first(lambda: folder.claim(describe(s, world, sequences.meta)))
+    if final:
+        return say(f"{s.out} is finished: {final['status']}, validation loss {final['val_loss']}")
+    start, seconds, size, loss = folder.load(model, optimizer)
+    if master and folder.metrics.exists():
+        os.truncate(folder.metrics, size)  # what came after the checkpoint is done again
+
+    compiled = s.compile and can_compile(device)
+    if s.compile and not compiled:
+        say("torch.compile does not work here (it needs a C++ compiler and Python's headers): running eagerly, slower")
+    if compiled:
+        model.compile()
+    replica = model
+    if world.size > 1:
+        replica = DDP(model, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+    bf16 = s.dtype == "bfloat16" or s.dtype == "auto" and device.type == "cuda"
+    say(f"{s.model}, {sum(p.numel() for p in parameters):,} parameters; {s.optimizer}, lr {s.lr:g}; {s.steps} steps of "
+        f"{s.batch_size} x {sequences.seq_len} tokens, {s.steps / batches.per_epoch:.2f} epochs; {world.size} x {device.type}, "
+        f"{'bfloat16' if bf16 else 'float32'}, {'compiled' if compiled else 'eager'}" + f"; from step {start}" * (start > 0))
+
+    stop = []  # the signal that came: finish the step, save, leave; a second one ends the run at once
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda n, frame: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
+
+    log = Log(s, world, folder, sequences)
+    if start == 0:
+        loss = evaluate(0, model, valid, s, world, rows, folder)
+    mark = time.time()
+    for step in range(start, s.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(s, step)
+
+        # forward and backward: the mean over the targets of the whole batch; DDP's mean over ranks is undone
+        x, y, targets = batches(step, world.rank, world.size)
+        if device.type == "cuda":
+            x, y = (t.pin_memory().to(device, non_blocking=True) for t in (x, y))
+        total = torch.zeros((), device=device)
+        for i in range(0, share, rows):
+            quiet = replica.no_sync() if world.size > 1 and i + rows < share else contextlib.nullcontext()
+            with quiet:
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    part = replica(x[i:i + rows], y[i:i + rows]) / targets
+                (part * world.size).backward()
+            total += part.detach()
+
+        # step
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        if s.grad_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, s.grad_clip, norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        clipped = {f"clipped_{k}": v for k, v in getattr(optimizer, "clipped", {}).items() if v is not None}
+        log.add(optimizer.param_groups[0]["lr"], {"train_loss": total, "grad_norm": norm, **clipped})
+
+        # log, evaluate, save
+        step += 1
+        last, leave = step == s.steps, world.any(stop)
+        to_eval, to_save = last or step % s.eval_every == 0, last or leave or step % s.save_every == 0
+        if to_eval or to_save or step % s.log_every == 0:
+            spent, diverged = log.flush(step, mark)
+            seconds += spent
+            if diverged:
+                return finish("diverged", diverged, None, seconds, folder, master)
+            if to_eval:
+                loss = evaluate(step, model, valid, s, world, rows, folder)
+            if to_save and master:
+                folder.save(step, seconds, loss, model, optimizer)
+            mark = time.time()
+        if leave and not last:
+            say(f"stopped by a signal after step {step}, saved in {s.out}: the same command goes on from here")
+            sys.exit(128 + (stop or [signal.SIGTERM])[0])
+    finish("done", s.steps, loss, seconds, folder, master)
+
+
+def finish(status, step, loss, seconds, folder, master):
+    if master:
+        folder.append([{"final": True, "status": status, "step": step, "val_loss": loss, "seconds": round(seconds, 1)}])
+        print(f"{status} at step {step} after {clock(seconds)}" + (f", validation loss {loss:.4f}" if loss else ""))
+
+
+def main():
+    try:
+        train(parse(sys.argv[1:]))
+    except (UserError, DataError) as e:
+        if int(os.environ.get("RANK", 0)) == 0 or isinstance(e, DataError):
+            print(f"train.py: {e}", file=sys.stderr)
+        sys.exit(getattr(e, "status", 1))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
