@@ -1,0 +1,29 @@
+# `make` lists the targets. Everything runs in .venv, which the first target that needs it makes.
+PYTHON ?= python3
+SCALE ?= nano
+DATA ?= data/python
+PY := .venv/bin/python
+
+help:  ## this list
+	@echo "Targets (times: two CPU cores). SCALE and DATA choose another scale or data directory, PYTHON the interpreter."
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10 | sed 's/^/  make /'
+
+demo: $(DATA)  ## Adam, SGD and clipped SGD side by side: a table and a picture in ten minutes
+	$(PY) tables.py demo --scale=$(SCALE) --data=$(DATA)
+
+lr: $(DATA)  ## the loss against the learning rate, by which the demo's were chosen: half an hour
+	$(PY) tables.py lr --scale=$(SCALE) --data=$(DATA)
+
+test: .venv/installed  ## the tests: two minutes
+	$(PY) -m pytest -q tests
+
+data/python: .venv/installed  ## the embedded corpus: the source of Python's own standard library
+	$(PY) data/prepare.py python --out=$@
+
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.PHONY: help demo lr test data/python

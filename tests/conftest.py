@@ -1,0 +1,81 @@
+import gzip
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+TINY = {"batch_size": 8, "steps": 12, "eval_every": 6, "eval_tokens": 500, "log_every": 3, "save_every": 4, "compile": "false"}
+
+
+def documents(n=400, seed=0):
+    """Text with a heavy-tailed vocabulary, and what tokenizers stumble over: indentation, tabs, runs of spaces, emoji."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(1, 8))) for _ in range(300)]
+    weights = [1 / (k + 1) for k in range(300)]
+    odd = ["\n    ", "\t", "  ", "naïve", "🙂", "<unk>", "</s>", "…\n\n"]
+    return [" ".join(rng.choices(words, weights, k=rng.randint(5, 60))) + rng.choice(odd) + rng.choice(words) for _ in range(n)]
+
+
+def write_jsonl(path, texts):
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8") as f:
+        f.writelines(json.dumps({"text": text, "timestamp": "", "url": ""}) + "\n" for text in texts)
+    return path
+
+
+def python(*words, **options):
+    """Run a script of the repo; returns the finished process with its stdout and stderr as text."""
+    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=120, **options)
+
+
+def prepare(*words, **options):
+    return python(ROOT / "data" / "prepare.py", *words, **options)
+
+
+def settings(**changes):
+    return [f"--{k}={v}" for k, v in {**TINY, **changes}.items()]
+
+
+def metrics(out):
+    """The lines of a run's metrics.jsonl, without what the clock says."""
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("tok_per_s", "seconds")} for line in lines]
+
+
+def one_line(process, *words):
+    """A refusal: one line on stderr with these words, a non-zero status, no traceback."""
+    assert process.returncode != 0
+    lines = process.stderr.strip().splitlines()
+    assert len(lines) == 1, process.stderr
+    for word in words:
+        assert str(word) in lines[0], lines[0]
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A small .json.gz in C4's format."""
+    return write_jsonl(tmp_path_factory.mktemp("text") / "text.json.gz", documents())
+
+
+@pytest.fixture(scope="session")
+def stream(tmp_path_factory, text):
+    """A data directory: stream layout, sequences of 32, vocabulary 500."""
+    out = tmp_path_factory.mktemp("stream") / "data"
+    done = prepare("files", text, f"--out={out}", "--tokenizer=train:500", "--seq_len=32")
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory, text, stream):
+    """The same text and tokenizer as rows of 32, in shards of 100 documents."""
+    out = tmp_path_factory.mktemp("rows") / "data"
+    done = prepare("files", text, f"--out={out}", f"--tokenizer={stream / 'tokenizer.model'}", "--layout=rows",
+                   "--seq_len=32", "--shard_docs=100")
+    assert done.returncode == 0, done.stderr
+    return out

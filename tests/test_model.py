@@ -1,0 +1,129 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import IGNORE, SIZES, Config, LLaMA
+
+
+@pytest.mark.parametrize("name, count", [("60m", 58_073_600), ("130m", 134_105_856), ("350m", 367_969_280), ("1b", 1_339_082_752)])
+def test_parameter_counts_are_the_papers(name, count):
+    with torch.device("meta"):
+        model = LLaMA(Config.named(name, vocab_size=32_000))
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+def test_names_are_hugging_faces():
+    names = set(LLaMA(Config.named("nano", 50)).state_dict())
+    layer = {f"model.layers.3.{n}.weight" for n in (
+        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
+        "mlp.down_proj", "input_layernorm", "post_attention_layernorm")}
+    assert layer | {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"} <= names
+    assert len(names) == 4 * 9 + 3
+
+
+def test_weights_at_the_start():
+    torch.manual_seed(0)
+    model = LLaMA(Config.named("nano", 2000))
+    for name, p in model.named_parameters():
+        if "norm" in name:
+            assert (p == 1).all()
+        else:
+            assert abs(p.std().item() - 0.02) < 5e-4 and abs(p.mean().item()) < 5e-4, name
+
+
+def reference(w, tokens, heads, layers):
+    """LLaMA's logits as its formulas say, position by position where that is plainer. Float64, no repo code."""
+    def norm(x, gain):
+        return gain * x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6)
+    B, T = tokens.shape
+    x = w["model.embed_tokens.weight"][tokens]
+    d = x.shape[-1] // heads
+    turn = torch.zeros(T, d, d, dtype=torch.float64)  # the rotation of each position, as a matrix
+    for t in range(T):
+        for i in range(d // 2):
+            a = t * 10_000 ** (-2 * i / d)
+            turn[t, i, i] = turn[t, i + d // 2, i + d // 2] = math.cos(a)
+            turn[t, i, i + d // 2], turn[t, i + d // 2, i] = -math.sin(a), math.sin(a)
+    for n in range(layers):
+        p = {k.removeprefix(f"model.layers.{n}."): v for k, v in w.items() if k.startswith(f"model.layers.{n}.")}
+        h = norm(x, p["input_layernorm.weight"])
+        q, k, v = (torch.stack((h @ p[f"self_attn.{m}_proj.weight"].T).split(d, -1), 1) for m in "qkv")
+        q, k = (torch.einsum("tij,bhtj->bhti", turn, z) for z in (q, k))
+        scores = q @ k.transpose(-1, -2) / math.sqrt(d)
+        scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+        y = torch.cat((scores.softmax(-1) @ v).unbind(1), -1)
+        x = x + y @ p["self_attn.o_proj.weight"].T
+        h = norm(x, p["post_attention_layernorm.weight"])
+        gate = h @ p["mlp.gate_proj.weight"].T
+        x = x + (gate * torch.sigmoid(gate) * (h @ p["mlp.up_proj.weight"].T)) @ p["mlp.down_proj.weight"].T
+    return norm(x, w["model.norm.weight"]) @ w["lm_head.weight"].T
+
+
+@pytest.fixture(scope="module")
+def case():
+    """A model with weights large enough to matter, a batch with ignored targets, and the reference's loss and gradients."""
+    torch.manual_seed(0)
+    config = Config(hidden=32, ffn=48, layers=2, heads=4, vocab_size=97)
+    model = LLaMA(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(5) if p.dim() == 2 else p.add_(torch.randn_like(p) * 0.1)
+    tokens, targets = torch.randint(97, (2, 3, 19))
+    targets[torch.rand(3, 19) < 0.3] = IGNORE
+    w = {k: v.detach().double().requires_grad_() for k, v in model.state_dict().items()}
+    logits = reference(w, tokens, 4, 2)
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    loss.backward()
+    return model, tokens, targets, logits.detach(), loss.item(), {k: v.grad for k, v in w.items()}
+
+
+def test_logits_are_the_references(case):
+    model, tokens, _, logits, _, _ = case
+    torch.testing.assert_close(model(tokens).double(), logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 57, 1000])
+def test_loss_and_gradients_are_the_references(case, chunk):
+    model, tokens, targets, _, loss, grads = case
+    model.zero_grad()
+    ours = model(tokens, targets, chunk=chunk)
+    assert ours.item() == pytest.approx(loss, rel=1e-6)
+    (ours * 0.5).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad.double(), grads[name] / 2, rtol=1e-4, atol=1e-5 * grads[name].abs().max().item())
+    with torch.no_grad():
+        assert model(tokens, targets, chunk=chunk).item() == ours.item()
+
+
+def test_all_targets_ignored_is_no_loss_and_no_gradient(case):
+    model, tokens, targets, *_ = case
+    model.zero_grad()
+    loss = model(tokens, torch.full_like(targets, IGNORE))
+    loss.backward()
+    assert loss.item() == 0 and all((p.grad == 0).all() for p in model.parameters())
+
+
+def test_the_future_is_not_seen(case):
+    model, tokens, *_ = case
+    other = tokens.clone()
+    other[:, 10:] = (other[:, 10:] + 1) % 97
+    a, b = model(tokens), model(other)
+    assert torch.equal(a[:, :10], b[:, :10]) and not torch.equal(a[:, 10:], b[:, 10:])
+
+
+def test_bf16_autocast_is_close_and_its_loss_is_fp32(case):
+    model, tokens, targets, _, loss, grads = case
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = model(tokens, targets)
+    ours.backward()
+    assert ours.dtype == torch.float32 and ours.item() == pytest.approx(loss, rel=0.02)
+    for name, p in model.named_parameters():
+        assert p.grad.dtype == torch.float32
+        assert torch.cosine_similarity(p.grad.double().flatten(), grads[name].flatten(), 0) > 0.99, name
+
+
+def test_every_size_has_whole_heads():
+    assert all(hidden % heads == 0 and (hidden // heads) % 2 == 0 for hidden, _, _, heads in SIZES.values())

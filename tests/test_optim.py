@@ -1,0 +1,179 @@
+import itertools
+
+import pytest
+import torch
+
+from model import Config, LLaMA
+from optim import ClippedSGD, build
+
+SHAPES = [(40, 8), (8, 8), (8,), (3, 5, 2)]  # the first one is the output layer: 40 token classes
+
+
+def gradients(steps, seed=0):
+    """Gradients whose rows differ by orders of magnitude, with spikes and a row that is always zero."""
+    g = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        out = [torch.randn(shape, generator=g, dtype=torch.float64) for shape in SHAPES]
+        out[0] *= torch.logspace(-4, 0, 40, dtype=torch.float64)[:, None]
+        out[0][7] = 0
+        yield [x * (100 if step % 9 == 5 else 1) for x in out]
+
+
+def reference(weights, lr, momentum, token_clip, update_clip, steps, lrs=None):
+    """The four steps of the paper in float64, a row and a number at a time."""
+    ws = [w.double().clone() for w in weights]
+    ms = [torch.zeros_like(w) for w in ws]
+    for step, gs in enumerate(gradients(steps)):
+        lr = lrs[step] if lrs else lr
+        for i, (w, m, g) in enumerate(zip(ws, ms, gs)):
+            m.copy_(momentum * m + (1 - momentum) * g)
+            u = m.clone()
+            if i == 0 and token_clip is not None:
+                for row in u:
+                    norm = sum(x * x for x in row.tolist()) ** 0.5
+                    if norm > token_clip:
+                        row *= token_clip / norm
+            rms = (u * u).mean().sqrt().item()
+            if update_clip is not None and lr * rms > update_clip:
+                u *= update_clip / (lr * rms)
+            w -= lr * u
+    return ws
+
+
+def start(dtype=torch.float32):
+    g = torch.Generator().manual_seed(1)
+    return [torch.nn.Parameter(torch.randn(shape, generator=g).to(dtype)) for shape in SHAPES]
+
+
+def groups(params, token_clip):
+    return [{"params": params[:1], "token_clip": token_clip}, {"params": params[1:]}]
+
+
+def run(optimizer, params, steps, skip=0, after=lambda: None):
+    for gs in itertools.islice(gradients(steps), skip, None):
+        for p, g in zip(params, gs):
+            p.grad = g.to(p.dtype)
+        optimizer.step()
+        after()
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("update_clip", [None, 1e-2])
+@pytest.mark.parametrize("token_clip", [None, 0.05])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_equals_the_reference(momentum, token_clip, update_clip, foreach):
+    params = start()
+    expected = reference(params, 0.1, momentum, token_clip, update_clip, 60)
+    optimizer = ClippedSGD(groups(params, token_clip), lr=0.1, momentum=momentum, update_clip=update_clip, foreach=foreach)
+    run(optimizer, params, 60)
+    for p, w in zip(params, expected):
+        torch.testing.assert_close(p.double(), w, rtol=1e-4, atol=1e-5)
+    assert bool(optimizer.state) == (momentum > 0)
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_without_clips_it_is_torchs_sgd(foreach):
+    ours, theirs = start(torch.float64), start(torch.float64)
+    optimizer = torch.optim.SGD(theirs, lr=0.1, momentum=0.9, dampening=0.9)
+    for p in theirs:  # torch's first step takes the whole gradient into the buffer; an EMA from zero does not
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    run(optimizer, theirs, 40)
+    run(ClippedSGD(ours, lr=0.1, update_clip=None, foreach=foreach), ours, 40)
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_follows_a_scheduler():
+    params = start()
+    optimizer = ClippedSGD(groups(params, 0.05), lr=0.5, update_clip=1e-2)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 30)
+    lrs = []
+    expected_start = [p.detach().clone() for p in params]
+    probe = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+    probe_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(probe, 30)
+    for _ in range(30):
+        lrs.append(probe.param_groups[0]["lr"])
+        probe.step()
+        probe_scheduler.step()
+    run(optimizer, params, 30, after=scheduler.step)
+    for p, w in zip(params, reference(expected_start, None, 0.9, 0.05, 1e-2, 30, lrs)):
+        torch.testing.assert_close(p.double(), w, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_bf16_parameters(foreach):
+    params = start(torch.bfloat16)
+    expected = reference(params, 0.1, 0.9, 0.05, 1e-2, 10)
+    run(ClippedSGD(groups(params, 0.05), lr=0.1, update_clip=1e-2, foreach=foreach), params, 10)
+    for p, w in zip(params, expected):
+        assert p.dtype == torch.bfloat16
+        torch.testing.assert_close(p.double(), w, rtol=0.03, atol=0.03)
+
+
+def test_state_dict_round_trip():
+    whole, first = start(), start()
+    run(ClippedSGD(groups(whole, 0.05), lr=0.1, update_clip=1e-2), whole, 20)
+    optimizer = ClippedSGD(groups(first, 0.05), lr=0.1, update_clip=1e-2)
+    run(optimizer, first, 10)
+    second = [torch.nn.Parameter(p.detach().clone()) for p in first]
+    again = ClippedSGD(groups(second, None), lr=3.0)  # the saved options win
+    again.load_state_dict(optimizer.state_dict())
+    run(again, second, 20, skip=10)
+    assert all(torch.equal(a, b) for a, b in zip(whole, second))
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_the_momentum_keeps_what_was_clipped_and_zero_gradients_move_nothing(foreach):
+    w = torch.nn.Parameter(torch.ones(4, 3))
+    optimizer = ClippedSGD([w], lr=100.0, token_clip=1e-3, update_clip=1e-4, foreach=foreach)
+    w.grad = torch.zeros(4, 3)
+    optimizer.step()
+    assert torch.equal(w, torch.ones(4, 3))
+    w.grad = torch.full((4, 3), 7.0)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[w]["momentum_buffer"], torch.full((4, 3), 0.7))
+    torch.testing.assert_close(w.detach(), torch.full((4, 3), 1 - 1e-4))
+
+
+def test_report_counts_what_was_clipped():
+    head, other = torch.nn.Parameter(torch.ones(4, 3)), torch.nn.Parameter(torch.ones(5))
+    optimizer = ClippedSGD([{"params": [head], "token_clip": 1.0}, {"params": [other]}], lr=1.0, momentum=0.0, update_clip=0.5)
+    head.grad = torch.tensor([5.0, 0.1, 0.1, 0.0])[:, None].expand(4, 3).contiguous()  # one row of four over 1
+    other.grad = torch.full((5,), 2.0)                                                 # rms 2 over 0.5; head's is below
+    optimizer.step()
+    assert optimizer.clipped == {}
+    optimizer.report = True
+    optimizer.step()
+    assert optimizer.clipped["rows"].item() == 0.25 and optimizer.clipped["tensors"].item() == 0.5
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(lr=-1.0), "lr"), (dict(lr=float("nan")), "lr"), (dict(lr=1.0, momentum=1.0), "momentum"),
+    (dict(lr=1.0, token_clip=0.0), "token_clip"), (dict(lr=1.0, update_clip=-1.0), "update_clip"), (dict(lr=1.0, token_clip=1.0), "2-D")])
+def test_bad_options_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        ClippedSGD([torch.nn.Parameter(torch.ones(3))], **options)
+
+
+def test_closure_and_parameters_without_gradient():
+    a, b = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+    optimizer = ClippedSGD([a, b], lr=0.1, momentum=0.0, update_clip=None)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (a ** 2).sum()
+        loss.backward()
+        return loss
+    assert optimizer.step(closure).item() == 3.0
+    torch.testing.assert_close(a.detach(), torch.full((3,), 0.8))
+    assert torch.equal(b, torch.ones(3))
+
+
+@pytest.mark.parametrize("name", ["clipped_sgd", "sgd", "adamw"])
+def test_build_has_each_parameter_once_and_clips_the_output_layer_alone(name):
+    model = LLaMA(Config.named("nano", 50))
+    optimizer = build(name, model, 1.0)
+    ids = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(ids) == sorted(id(p) for p in model.parameters())
+    clipped = [p for group in optimizer.param_groups if group.get("token_clip") for p in group["params"]]
+    assert [id(p) for p in clipped] == ([id(model.lm_head.weight)] if name == "clipped_sgd" else [])
