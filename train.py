@@ -244,7 +244,7 @@ class World:
     def any(self, flag):
         """Is `flag` true on some rank?"""
         if self.size == 1:
-            return bool(flag)
+            return flag
         flags = torch.tensor([int(flag)])
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.host)
         return bool(flags.item())
@@ -352,12 +352,18 @@ def clock(seconds):
 
 
 def describe(s, world, meta):
-    """What config.json says of this run: enough to repeat it."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    name = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor() or platform.machine()
+    """What config.json says of this run beside its identity: enough to repeat it."""
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True,
+                                text=True).stdout.strip()
+    except OSError:  # no git here
+        commit = ""
+    cpuinfo = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    cpu = f"{cpu[1] if cpu else platform.machine()}, {torch.get_num_threads()} threads"
     return {"settings": asdict(s), "data": {k: meta.get(k) for k in ("tokens", "vocab_size", "layout", "seq_len")},
-            "git_commit": git.stdout.strip() or None, "device": f"{name}, {torch.get_num_threads()} threads",
-            "world_size": world.size, "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "device": torch.cuda.get_device_name() if world.device.type == "cuda" else cpu, "world_size": world.size,
+            "git_commit": commit or "unknown", "started": time.strftime("%Y-%m-%d %H:%M:%S"),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
 
 
@@ -447,7 +453,7 @@ def train(s):
 
         # log, evaluate, save
         step += 1
-        last, leave = step == s.steps, world.any(stop)
+        last, leave = step == s.steps, world.any(bool(stop))
         to_eval, to_save = last or step % s.eval_every == 0, last or leave or step % s.save_every == 0
         if to_eval or to_save or step % s.log_every == 0:
             spent, diverged = log.flush(step, mark)

@@ -125,7 +125,7 @@ def c4_files(args, split):
     total = C4_FILES[split]
     for i in args.train_shards if split == "train" else args.val_shards:
         name = f"c4-{'train' if split == 'train' else 'validation'}.{i:05d}-of-{total:05d}.json.gz"
-        yield download(args.url + name, args.downloads / name, check_gzip)
+        yield download(args.url + name, args.downloads / name, check_gzip, args.tries)
 
 
 def check_gzip(path):
@@ -142,9 +142,9 @@ def check_t5(path):
         return "not T5's spiece.model (its sha256 differs)"
 
 
-def download(url, path, check, patience=5):
+def download(url, path, check, tries):
     """url -> path: continues a broken download, checks size and content, and only then gives the file its name.
-    Gives up after `patience` tries in a row without a new byte."""
+    Gives up after `tries` in a row without a new byte."""
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,10 +168,10 @@ def download(url, path, check, patience=5):
         except (OSError, http.client.HTTPException) as e:
             problem = str(getattr(e, "reason", e)) or type(e).__name__
         failures = 0 if part.exists() and part.stat().st_size > have else failures + 1
-        if failures >= patience:
-            fail(f"{url}: {problem}: tried {patience} times; run this again when the network is back (it continues where "
+        if failures >= tries:
+            fail(f"{url}: {problem}: tried {tries} times; run this again when the network is back (it continues where "
                  f"it stopped), or fetch the file by hand and put it at {path}")
-        print(f"{path.name}: {problem}; trying again", file=sys.stderr)
+        print(f"{path.name}: {problem}; trying again", flush=True)
         time.sleep(min(30, 2**failures / 4))
     problem = check(part)
     if problem:
@@ -195,7 +195,7 @@ def fetch(url, part, have):
                 if time.time() - told > 2:
                     told = time.time()
                     share = f" of {size / 1e6:,.0f} MB ({f.tell() / size:.0%})" if size else " MB"
-                    print(f"{part.stem}: {f.tell() / 1e6:,.0f}{share}", file=sys.stderr)
+                    print(f"{part.stem}: {f.tell() / 1e6:,.0f}{share}", flush=True)
     return size
 
 
@@ -237,7 +237,7 @@ def get_tokenizer(args):
     kept = args.out / "tokenizer.model"
     if not kept.exists():
         if args.tokenizer == "t5":
-            model = download(args.t5_url, args.downloads / "spiece.model", check_t5).read_bytes()
+            model = download(args.t5_url, args.downloads / "spiece.model", check_t5, args.tries).read_bytes()
         elif args.tokenizer.startswith("train:"):
             model = train_tokenizer(args)
         else:
@@ -257,7 +257,7 @@ def train_tokenizer(args):
         pieces = int(args.tokenizer.removeprefix("train:"))
     except ValueError:
         fail(f"--tokenizer={args.tokenizer}: N must be a whole number, for instance train:4096")
-    print(f"training a tokenizer of {pieces:,} pieces", file=sys.stderr)
+    print(f"training a tokenizer of {pieces:,} pieces", flush=True)
 
     def lines():
         left = TRAIN_TEXT
@@ -275,7 +275,7 @@ def train_tokenizer(args):
             normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True)
     except RuntimeError as e:
-        fail(f"--tokenizer={args.tokenizer}: SentencePiece refused ({str(e).splitlines()[-1].strip()}): "
+        fail(f"--tokenizer={args.tokenizer}: SentencePiece refused ({str(e).split('] ')[-1].strip()}): "
              f"choose another N, or give it more text")
     return model.getvalue()
 
@@ -372,7 +372,7 @@ def refuse_or_continue(args, settings):
 
 
 def prepare(args):
-    apart = ("out", "downloads", "url", "t5_url", "paths")  # where things lie, not what they are
+    apart = ("out", "downloads", "url", "t5_url", "paths", "tries")  # where things lie, not what they are
     settings = {k: v for k, v in vars(args).items() if k not in apart}
     if args.source == "files":
         for path in args.paths:
@@ -399,7 +399,7 @@ def prepare(args):
             if time.time() - told > 5:
                 told = time.time()
                 print("tokenizing: " + ", ".join(f"{w.docs:,} {split}" for split, w in writers.items()) + " documents",
-                      file=sys.stderr)
+                      flush=True)
         for split, writer in writers.items():
             if not writer.docs:
                 fail(f"no documents for {split}: give it more text, or another --val_fraction")
@@ -474,6 +474,7 @@ def main():
         p.add_argument("--seq_len", type=number(int, 2, 65536), default=seq_len, help="tokens of a sequence")
         p.add_argument("--shard_docs", type=number(int, 1, 1e9), default=262144, help="documents of a .bin file")
         p.add_argument("--downloads", type=Path, help="folder for downloaded files (default: OUT/downloads)")
+        p.add_argument("--tries", type=number(int, 1, 1e9), default=8, help="of a download, in a row without a new byte")
         p.add_argument("--t5_url", default=T5, help="where t5's spiece.model is")
         if source == "c4":
             p.add_argument("--train_shards", type=ranges(C4_FILES["train"]), default="0-28", help="of 0-1023")

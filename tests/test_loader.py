@@ -1,0 +1,127 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from loader import IGNORE, Batches, DataError, Sequences, eval_blocks, open_shard
+
+
+def shard(path, tokens, magic=20240520, version=1, claim=None):
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(tokens) if claim is None else claim
+    path.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
+    return path
+
+
+@pytest.fixture
+def numbers(tmp_path):
+    """A stream whose tokens are their own positions: two shards, sequences of 4, so 4 + 2 of them."""
+    shard(tmp_path / "train_000000.bin", range(19))
+    shard(tmp_path / "train_000001.bin", range(100, 109))
+    shard(tmp_path / "val_000000.bin", range(41))
+    (tmp_path / "meta.json").write_text(json.dumps({"complete": True, "vocab_size": 200, "layout": "stream", "seq_len": 4,
+                                                    "pad_id": 0, "eos_id": 1, "shards": {"train": 2, "val": 1}}))
+    return tmp_path
+
+
+def test_stream_sequences_predict_the_next_token_and_stay_in_their_shard(numbers):
+    sequences = Sequences(numbers, "train")
+    x, y = sequences[np.arange(len(sequences))]
+    assert x.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15], [100, 101, 102, 103], [104, 105, 106, 107]]
+    assert torch.equal(y, x + 1)
+
+
+def test_rows_ignore_padding_and_the_last_position(rows):
+    meta = json.loads((rows / "meta.json").read_text())
+    sequences = Sequences(rows, "train")
+    x, y = sequences[np.arange(len(sequences))]
+    assert torch.equal(y[:, :-1][y[:, :-1] != IGNORE], x[:, 1:][x[:, 1:] != meta["pad_id"]])
+    assert (y[:, -1] == IGNORE).all() and ((y == meta["eos_id"]).sum(1) == 1).all()
+    counts = np.load(rows / "token_counts.npy")
+    assert counts.sum() == (x != meta["pad_id"]).sum() and counts[meta["pad_id"]] == 0
+
+
+@pytest.mark.parametrize("layout", ["stream", "rows"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_world_size_does_not_change_the_batches(layout, world, request):
+    sequences = Sequences(request.getfixturevalue(layout), "train")
+    for step in (0, 3, 1000):  # 1000 lies epochs ahead
+        x, y, n = Batches(sequences, 8, seed=1)(step)
+        parts = [Batches(sequences, 8, seed=1)(step, rank, world) for rank in range(world)]
+        assert torch.equal(torch.cat([p[0] for p in parts]), x) and torch.equal(torch.cat([p[1] for p in parts]), y)
+        assert n == (y != IGNORE).sum() and all(p[2] == n for p in parts)
+
+
+def test_an_epoch_takes_each_sequence_once_and_the_next_another_order(stream):
+    sequences = Sequences(stream, "train")
+    batches = Batches(sequences, 8, seed=1)
+    epochs = [np.concatenate([batches.numbers(e * batches.per_epoch + k) for k in range(batches.per_epoch)]) for e in (0, 1)]
+    for epoch in epochs:
+        assert len(set(epoch)) == len(epoch) == batches.per_epoch * 8 <= len(sequences) < len(epoch) + 8
+    assert (epochs[0] != epochs[1]).any()
+    assert (Batches(sequences, 8, seed=2).numbers(0) != batches.numbers(0)).any()
+
+
+@pytest.mark.parametrize("layout", ["stream", "rows"])
+def test_the_evaluation_set_is_the_same_for_any_world_and_block(layout, request):
+    sequences = Sequences(request.getfixturevalue(layout), "val")
+
+    def seen(rows, world):
+        blocks = [list(eval_blocks(sequences, 300, rows, rank, world)) for rank in range(world)]
+        assert len({len(b) for b in blocks}) == 1 and all(x.shape == y.shape == (rows, 32) for b in blocks for x, y in b)
+        return sorted(tuple(row.tolist()) for b in blocks for _, y in b for row in y if (row != IGNORE).any())
+    whole = seen(1, 1)
+    assert 300 <= sum(t != IGNORE for row in whole for t in row) < 300 + 32
+    assert all(seen(rows, world) == whole for rows, world in ((4, 1), (3, 2), (16, 4)))
+
+
+def test_more_evaluation_tokens_than_there_are_takes_all(numbers):
+    assert sum(int((y != IGNORE).sum()) for _, y in eval_blocks(Sequences(numbers, "val"), 10**9, 3)) == 40
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda p: shard(p, range(9), magic=1), "magic"),
+    (lambda p: shard(p, range(9), version=2), "version"),
+    (lambda p: shard(p, range(9), claim=10), "truncated"),
+    (lambda p: shard(p, range(9), claim=8), "torn"),
+    (lambda p: shard(p, []), "no tokens"),
+    (lambda p: p.write_bytes(b""), "header"),
+    (lambda p: p.write_bytes(b"x" * 100), "header")])
+def test_bad_shards_are_named(tmp_path, make, words):
+    make(tmp_path / "train_000000.bin")
+    with pytest.raises(DataError, match=f"train_000000.bin.*{words}"):
+        open_shard(tmp_path / "train_000000.bin")
+
+
+def test_a_token_outside_the_vocabulary_is_named(numbers):
+    shard(numbers / "train_000001.bin", [100, 101, 102, 103, 104, 250, 106, 107, 108])
+    sequences = Sequences(numbers, "train")
+    with pytest.raises(DataError, match="train_000001.bin.*250.*vocab_size 200"):
+        sequences[np.array([5])]
+
+
+def test_bad_directories_are_named(numbers, tmp_path):
+    with pytest.raises(DataError, match="no data directory"):
+        Sequences(tmp_path / "none", "train")
+    meta = json.loads((numbers / "meta.json").read_text())
+    for change, words in (({"complete": False}, "again to finish"), ({"layout": "heap"}, "heap"), ({"vocab_size": 70000}, "70000"),
+                          ({"seq_len": "many"}, "broken"), ({"shards": {"train": 3, "val": 1}}, "has 2 train_")):
+        (numbers / "meta.json").write_text(json.dumps({**meta, **change}))
+        with pytest.raises(DataError, match=words):
+            Sequences(numbers, "train")
+    (numbers / "meta.json").write_text("{")
+    with pytest.raises(DataError, match="meta.json is broken"):
+        Sequences(numbers, "train")
+    (numbers / "meta.json").unlink()
+    with pytest.raises(DataError, match="meta.json is missing"):
+        Sequences(numbers, "train")
+
+
+def test_too_little_text_is_said(numbers):
+    with pytest.raises(DataError, match="6 sequences, fewer than --batch_size=7"):
+        Batches(Sequences(numbers, "train"), 7, seed=0)
+    shard(numbers / "val_000000.bin", range(4))
+    with pytest.raises(DataError, match="val is shorter than one sequence"):
+        Sequences(numbers, "val")

@@ -1,0 +1,316 @@
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import train
+from conftest import ROOT, TINY, metrics, one_line, settings
+
+SCRIPT = ROOT / "train.py"
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def launch(*words, processes=1, **options):
+    command = [sys.executable, SCRIPT] if processes == 1 else \
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", SCRIPT]
+    return subprocess.Popen([*map(str, command), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=ONE_THREAD, **options)
+
+
+def result(process):
+    out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def run(*words, **options):
+    return result(launch(*words, **options))
+
+
+def here(**changes):
+    """A run in this very process."""
+    train.train(train.parse(settings(**changes)))
+
+
+@pytest.fixture(scope="session")
+def whole(stream, tmp_path_factory):
+    """A run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    done = run(*settings(data=stream, out=out))
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def same_model(a, b):
+    a, b = (torch.load(p / "ckpt.pt", weights_only=True) for p in (a, b))
+    assert a["step"] == b["step"] and a["model"].keys() == b["model"].keys()
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    for x, y in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True):
+        assert all(torch.equal(x[k], y[k]) for k in x)
+
+
+def close(a, b, rel=1e-4):
+    """The same lines, the numbers to rounding."""
+    a, b = metrics(a), metrics(b)
+    assert [list(x) for x in a] == [list(x) for x in b]
+    for x, y in zip(a, b):
+        for k in ("train_loss", "val_loss"):
+            if k in x:
+                assert x[k] == pytest.approx(y[k], rel=rel)
+
+
+# ---- what a run leaves ----------------------------------------------------------------------------------------------
+
+def test_metrics_config_and_schedule(whole, stream):
+    lines = metrics(whole)
+    steps = [x for x in lines if "train_loss" in x]
+    assert [x["step"] for x in steps] == list(range(1, 13)) and [x["tokens"] for x in steps] == [8 * 32 * k for k in range(1, 13)]
+    evals = [x for x in lines if "val_tokens" in x]
+    assert [x["step"] for x in evals] == [0, 6, 12] and all(500 <= x["val_tokens"] < 532 for x in evals)
+    assert evals[0]["val_loss"] == pytest.approx(math.log(500), abs=0.2) and evals[-1]["val_loss"] < evals[0]["val_loss"] - 0.3
+    assert lines[-1] == {"final": True, "status": "done", "step": 12, "val_loss": evals[-1]["val_loss"]}
+    # warm-up over 10% of 12 steps is one step, at the peak; then a cosine that ends at 10% of it
+    lrs = [x["lr"] for x in steps]
+    assert lrs[0] == 100 and lrs[-1] == pytest.approx(10) and lrs == sorted(lrs, reverse=True)
+    assert lrs[6] == pytest.approx(10 + 90 * 0.5 * (1 + math.cos(math.pi * 6 / 11)))
+    assert all(0 <= x["clipped_tensors"] <= 1 and 0 <= x["clipped_rows"] <= 1 and x["grad_norm"] > 0 for x in steps)
+    config = json.loads((whole / "config.json").read_text())
+    assert config["settings"]["lr"] == 100 and config["versions"]["torch"] == torch.__version__ and config["world_size"] == 1
+
+
+def test_the_loss_in_the_log_is_the_mean_over_the_whole_batch(stream, tmp_path):
+    from loader import Batches, Sequences
+    from model import Config, LLaMA
+    torch.manual_seed(42)
+    model = LLaMA(Config.named("nano", 500))
+    x, y, _ = Batches(Sequences(stream, "train"), 8, 42)(0)
+    expected = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).item()
+    here(data=stream, out=tmp_path, steps=1, warmup=0, micro_batch=2)
+    assert next(x for x in metrics(tmp_path) if "train_loss" in x)["train_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_finished_run_is_left_alone(whole, stream, capsys):
+    before = {p.name: p.read_bytes() for p in whole.iterdir()}
+    here(data=stream, out=whole)
+    assert "is finished: done" in capsys.readouterr().out
+    assert before == {p.name: p.read_bytes() for p in whole.iterdir()}
+
+
+@pytest.mark.parametrize("layout", ["stream", "rows"])
+def test_neither_micro_batch_nor_world_size_changes_the_losses(layout, request, tmp_path):
+    data = request.getfixturevalue(layout)
+    here(data=data, out=tmp_path / "one")
+    here(data=data, out=tmp_path / "micro", micro_batch=2)
+    done = run(*settings(data=data, out=tmp_path / "two", micro_batch=2), processes=2)
+    assert done.returncode == 0, done.stderr
+    close(tmp_path / "one", tmp_path / "micro")
+    close(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("optimizer, more", [("sgd", {"lr": 1}), ("adamw", {"lr": 1e-3}), ("adamw", {"lr": 1e-3, "grad_clip": 0.1})])
+def test_the_baselines_learn(optimizer, more, stream, tmp_path):
+    here(data=stream, out=tmp_path, optimizer=optimizer, **more)
+    losses = [x["train_loss"] for x in metrics(tmp_path) if "train_loss" in x]
+    assert losses[-1] < losses[0] - 0.1 and not any("clipped_rows" in x for x in metrics(tmp_path))
+
+
+def test_grad_clip_bounds_what_the_optimizer_sees(stream, tmp_path):
+    from model import Config, LLaMA
+    here(data=stream, out=tmp_path, optimizer="sgd", lr=10, momentum=0, grad_clip=1e-3, steps=1, warmup=0, min_lr=1)
+    torch.manual_seed(42)
+    start = LLaMA(Config.named("nano", 500)).state_dict()
+    end = torch.load(tmp_path / "ckpt.pt", weights_only=True)["model"]
+    moved = sum(((end[k] - start[k]) ** 2).sum() for k in start).sqrt().item()
+    assert moved == pytest.approx(10 * 1e-3, rel=1e-3)
+    assert metrics(tmp_path)[1]["grad_norm"] > 0.1  # the log has the norm before the clip
+
+
+def test_a_diverged_run_is_a_result(stream, tmp_path, capsys):
+    words = dict(data=stream, out=tmp_path, optimizer="sgd", lr=1e4)
+    here(**words)
+    lines = metrics(tmp_path)
+    assert lines[-1]["status"] == "diverged" and lines[-1]["val_loss"] is None
+    steps = [x["step"] for x in lines if "train_loss" in x]
+    assert steps == list(range(1, lines[-1]["step"] + 1)) and lines[-1]["step"] < 12
+    here(**words)
+    assert "is finished: diverged" in capsys.readouterr().out and metrics(tmp_path) == lines
+
+
+def test_bf16_and_compile(stream, tmp_path, whole):
+    here(data=stream, out=tmp_path / "bf16", dtype="bfloat16")
+    close(tmp_path / "bf16", whole, rel=0.02)
+    done = run(*settings(data=stream, out=tmp_path / "compiled", compile="true"))
+    assert done.returncode == 0 and "compiled" in done.stdout, done.stderr
+    close(tmp_path / "compiled", whole)
+
+
+def test_without_a_compiler_it_says_so_once_and_runs(stream, tmp_path, whole):
+    env = {k: v for k, v in ONE_THREAD.items() if k not in ("CXX", "CC")}
+    env |= {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, str(SCRIPT), *settings(data=stream, out=tmp_path / "run", compile="true")],
+                          capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("C++ compiler") == 1 and "eager" in done.stdout and not done.stderr
+    close(tmp_path / "run", whole)
+
+
+# ---- stopping and going on ------------------------------------------------------------------------------------------
+
+def wait_for(out, step, process):
+    """Until the run has written the line of `step`."""
+    for _ in range(1200):
+        with open(out / "metrics.jsonl") if (out / "metrics.jsonl").exists() else open(os.devnull) as f:
+            if f'"step": {step},' in f.read():
+                return
+        if process.poll() is not None:
+            return
+        time.sleep(0.05)
+    raise TimeoutError
+
+
+@pytest.mark.parametrize("optimizer, kills", [("clipped_sgd", 2), ("adamw", 1)])
+def test_killed_runs_end_as_if_never_killed(optimizer, kills, stream, tmp_path):
+    words = dict(data=stream, optimizer=optimizer, lr=1e-2, steps=24, eval_every=7, save_every=5, log_every=1)
+    never = launch(*settings(out=tmp_path / "never", **words))
+    out, hits = tmp_path / "killed", 0
+    for step in sorted(random.sample(range(2, 22), kills)):
+        process = launch(*settings(out=out, **words))
+        wait_for(out, step, process)
+        time.sleep(random.random() * 0.1)
+        process.kill()
+        hits += result(process).returncode == -signal.SIGKILL
+    assert hits >= 1
+    assert run(*settings(out=out, **words)).returncode == 0 == result(never).returncode
+    assert metrics(out) == metrics(tmp_path / "never")
+    same_model(out, tmp_path / "never")
+
+
+def test_signals_save_and_stop(stream, tmp_path):
+    words = settings(data=stream, out=tmp_path, steps=60, save_every=1000, eval_every=1000, log_every=1)
+    start = 0
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = launch(*words)
+        wait_for(tmp_path, start + 3, process)
+        process.send_signal(number)
+        stopped = result(process)
+        assert stopped.returncode == 128 + number and "the same command goes on" in stopped.stdout and not stopped.stderr
+        assert f"from step {start}" in stopped.stdout or not start
+        start = torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"]
+        assert start == metrics(tmp_path)[-1]["step"] < 60
+    assert run(*words).returncode == 0
+    assert [x["step"] for x in metrics(tmp_path) if "train_loss" in x] == list(range(1, 61))
+
+
+def test_torchrun_told_to_stop_saves(stream, tmp_path):
+    process = launch(*settings(data=stream, out=tmp_path, steps=500, save_every=1000, log_every=1), processes=2)
+    wait_for(tmp_path, 3, process)
+    process.terminate()
+    stopped = result(process)
+    assert stopped.returncode != 0 and "the same command goes on" in stopped.stdout
+    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"] == metrics(tmp_path)[-1]["step"] < 500
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(stream, tmp_path):
+    here(data=stream, out=tmp_path)
+    (tmp_path / "metrics.jsonl").unlink()  # as if stopped at step 8
+    state = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    torch.save({**state, "step": 8, "metrics_bytes": 0}, tmp_path / "ckpt.pt")
+    old = (tmp_path / "ckpt.pt").read_bytes()
+
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+    one_line(run(*settings(data=stream, out=tmp_path), preexec_fn=small_files), "ckpt.pt", "make room")
+    assert (tmp_path / "ckpt.pt").read_bytes() == old and not list(tmp_path.glob("*.tmp"))
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("words, expected", [
+    (["--learning_rate=1"], ["--learning_rate", "--help"]), (["7"], ["7"]), (["--lr"], ["--lr", "value"]),
+    (["--lr=fast"], ["--lr=fast", "a number"]), (["--steps=1e3"], ["--steps", "whole number"]), (["--compile=yes"], ["--compile", "true or false"]),
+    (["--lr=0"], ["--lr", "above 0"]), (["--lr=-1"], ["--lr", "above 0"]), (["--lr=nan"], ["--lr"]), (["--lr=none", "--steps=0"], ["--steps"]),
+    (["--warmup=1.5"], ["--warmup", "fraction"]), (["--warmup=50"], ["--warmup", "fraction"]), (["--momentum=1"], ["--momentum"]),
+    (["--model=7b"], ["7b", "130m"]), (["--optimizer=lion"], ["lion", "adamw"]), (["--out="], ["--out"]), (["--dtype=fp8"], ["fp8"]),
+    (["--optimizer=adamw", "--token_clip=1"], ["--token_clip", "adamw"]), (["--seed=-1"], ["--seed"]),
+    (["--batch_size=8", "--micro_batch=3"], ["--micro_batch=3", "8"]), (["--batch_size=100000"], ["100000"]),
+    (["--device=cuda"], ["--device", "cpu"])])
+def test_bad_settings(words, expected, stream, tmp_path, monkeypatch, capsys):
+    if words == ["--device=cuda"] and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setattr(sys, "argv", ["train.py", *settings(data=stream, out=tmp_path / "run"), *words])
+    with pytest.raises(SystemExit) as e:
+        train.main()
+    err = capsys.readouterr().err.strip()
+    assert e.value.code in (1, 2) and len(err.splitlines()) == 1 and all(word in err for word in expected), err
+    assert not (tmp_path / "run").exists()
+
+
+def refuse(capsys, monkeypatch, *expected, **changes):
+    monkeypatch.setattr(sys, "argv", ["train.py", *settings(**changes)])
+    with pytest.raises(SystemExit) as e:
+        train.main()
+    err = capsys.readouterr().err.strip()
+    assert e.value.code and len(err.splitlines()) == 1 and all(str(word) in err for word in expected), err
+
+
+def test_bad_data(stream, tmp_path, capsys, monkeypatch):
+    refuse(capsys, monkeypatch, "none", "data/prepare.py", data=tmp_path / "none", out=tmp_path / "run")
+    data = shutil.copytree(stream, tmp_path / "data")
+    shard = data / "train_000000.bin"
+    good = shard.read_bytes()
+    for bad, word in ((good[:-1], "truncated"), (b"", "header"), (b"\0" * len(good), "magic"), (good[:1024] + b"\xff" * (len(good) - 1024), "vocab_size")):
+        shard.write_bytes(bad)
+        refuse(capsys, monkeypatch, shard, word, data=data, out=tmp_path / word)
+    (data / "meta.json").write_text("{")
+    refuse(capsys, monkeypatch, "meta.json", "broken", data=data, out=tmp_path / "run")
+    (data / "meta.json").unlink()
+    refuse(capsys, monkeypatch, "meta.json", "missing", data=data, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_runs_folder_is_refused_and_not_touched(whole, stream, rows, tmp_path, capsys, monkeypatch):
+    before = {p.name: p.read_bytes() for p in whole.iterdir()}
+    refuse(capsys, monkeypatch, whole, "lr=100.0 (now 30.0)", data=stream, out=whole, lr=30)
+    refuse(capsys, monkeypatch, whole, "seed=42 (now 1)", data=stream, out=whole, seed=1)
+    refuse(capsys, monkeypatch, whole, "data_sha256", data=rows, out=whole)
+    assert before == {p.name: p.read_bytes() for p in whole.iterdir()}
+    (tmp_path / "thesis.txt").write_text("x")
+    refuse(capsys, monkeypatch, tmp_path, "other files", data=stream, out=tmp_path)
+    refuse(capsys, monkeypatch, "is a file", data=stream, out=tmp_path / "thesis.txt")
+
+
+def test_a_bad_checkpoint_is_refused(whole, stream, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (out / "metrics.jsonl").unlink()  # as if not finished
+    good = (out / "ckpt.pt").read_bytes()
+    for bad in (good[:len(good) // 2], b"", b"not a checkpoint"):
+        (out / "ckpt.pt").write_bytes(bad)
+        refuse(capsys, monkeypatch, "ckpt.pt", "damaged", data=stream, out=out)
+        assert (out / "ckpt.pt").read_bytes() == bad
+    torch.save({"weights": torch.zeros(3)}, out / "ckpt.pt")
+    refuse(capsys, monkeypatch, "ckpt.pt", "no checkpoint of train.py", data=stream, out=out)
+    state = torch.load(whole / "ckpt.pt", weights_only=True)
+    torch.save({**state, "identity": {**state["identity"], "lr": 5.0}}, out / "ckpt.pt")
+    refuse(capsys, monkeypatch, "ckpt.pt", "lr=5.0", data=stream, out=out)
+
+
+def test_a_world_that_does_not_divide_the_batch(stream, tmp_path):
+    done = run(*settings(data=stream, out=tmp_path / "run", batch_size=9), processes=2)
+    assert done.returncode != 0 and done.stderr.count("--batch_size=9 does not divide among 2 processes") == 1
+
+
+def test_help_lists_every_setting(capsys):
+    with pytest.raises(SystemExit) as e:
+        train.parse(["--help"])
+    out = capsys.readouterr().out
+    assert not e.value.code and all(f"--{name} " in out for name in train.Settings.__dataclass_fields__)
+    assert all(k in train.Settings.__dataclass_fields__ for k in TINY)
