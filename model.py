@@ -124,16 +124,14 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-def chunk_loss(h, w, y, grad):
-    """One chunk: rows h [n, hidden], output matrix w [vocab, hidden], targets y [n]. Returns the loss summed over the
-    rows and, if asked, its gradient in the logits, softmax - onehot, [n, vocab] (else None)."""
+def chunk_loss(h, w, y):
+    """Rows h [n, hidden], output matrix w [vocab, hidden], targets y [n] -> their loss, summed, and its gradient in the
+    logits, softmax - onehot, [n, vocab] in h's dtype."""
     logits = (h @ w.T).float()
     valid = y != IGNORE
     label = y.clamp(min=0)[:, None]
     norm = logits.logsumexp(-1, keepdim=True)
     loss = ((norm - logits.gather(-1, label)).squeeze(-1) * valid).sum()
-    if not grad:
-        return loss, None
     onehot = torch.arange(logits.shape[1], device=y.device) == label
     return loss, (((logits - norm).exp() - onehot.float()) * valid[:, None]).to(h.dtype)
 
@@ -142,22 +140,21 @@ class OutputLoss(torch.autograd.Function):
     """The output layer and the cross-entropy: sum of -log softmax(hidden @ weight.T)[targets] over the rows.
 
     hidden [N, hidden], weight [vocab, hidden], targets [N] int64 or IGNORE; `chunk` rows at a time. Forward computes
-    the gradients while it has the logits in hand: they cost less to keep ([N, hidden] and the weight's own shape) than
+    the gradients (if `grad`) while it has the logits in hand: they cost less to keep ([N, hidden] and the weight's own shape) than
     the logits ([N, vocab]) would. Products run in the autocast dtype, all else in fp32.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk, chunk_loss):
+    def forward(ctx, hidden, weight, targets, chunk, chunk_loss, grad):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         h, w = hidden.to(dtype), weight.to(dtype)
-        grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         grad_h = torch.empty_like(h) if grad else None
         grad_w = torch.zeros_like(weight) if grad else None
         total = torch.zeros((), device=hidden.device)
         for i in range(0, len(h), chunk):
             rows = h[i:i + chunk]
-            loss, g = chunk_loss(rows, w, targets[i:i + chunk], grad)
+            loss, g = chunk_loss(rows, w, targets[i:i + chunk])  # g costs little, and alone the loss compiles worse
             total += loss
             if grad:
                 torch.mm(g, w, out=grad_h[i:i + chunk])
@@ -171,7 +168,7 @@ class OutputLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         grad_h, grad_w = ctx.grads
-        return grad_h * grad_output, grad_w * grad_output, None, None, None
+        return grad_h * grad_output, grad_w * grad_output, None, None, None, None
 
 
 class LLaMA(nn.Module):
@@ -197,4 +194,5 @@ class LLaMA(nn.Module):
         if targets is None:
             return self.lm_head(x)
         chunk = chunk or (4096 if x.is_cuda else 256)  # a CPU's cache holds 256 rows; a GPU wants larger products
-        return OutputLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), chunk, self.chunk_loss)
+        return OutputLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), chunk, self.chunk_loss,
+                                torch.is_grad_enabled())

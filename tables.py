@@ -21,7 +21,7 @@ SCALES = {"nano": {"model": "nano", "batch_size": 64, "steps": 200, "eval_every"
 #          name                  settings                        best lr at nano   grid, in steps of sqrt(10)     colour, dash
 METHODS = {
     "Adam":              ({"optimizer": "adamw"},                3.16e-3, (1e-3, 3.16e-3, 1e-2),                  ("#000000", "-")),
-    "SGD with momentum": ({"optimizer": "sgd"},                  1.0,     (0.316, 1.0, 3.16, 10.0),               ("#d55e00", ":")),
+    "SGD with momentum": ({"optimizer": "sgd"},                  1.0,     (0.316, 1.0, 3.16),                     ("#d55e00", ":")),
     "clipped SGD":       ({"optimizer": "clipped_sgd"},          100.0,   (31.6, 100.0, 316.0),                   ("#0072b2", "--")),
 }
 
