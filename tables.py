@@ -10,6 +10,7 @@ under runs/ named by all of its settings, so finished runs are not repeated and 
 import argparse
 import hashlib
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -68,8 +69,17 @@ class Run:
 
     @property
     def verdict(self):
-        return f"{self.loss:.3f}" if self.final and self.final["status"] == "done" else \
-            f"diverged at step {self.final['step']}" if self.final else f"failed: {self.error}"
+        if self.final is None:
+            return f"failed: {self.error}"
+        return f"{self.loss:.3f}" if self.final["status"] == "done" else f"diverged at step {self.final['step']}"
+
+    def row(self, adam):
+        """What the JSON has of every run; `gap` is (loss - Adam's) / Adam's."""
+        ok = self.loss < float("inf")
+        return {"method": self.label, **self.settings, "status": self.final["status"] if self.final else "failed",
+                "val_loss": self.loss if ok else None, "gap": self.loss / adam.loss - 1 if ok and adam.loss < float("inf") else None,
+                "seconds": self.final["seconds"] if self.final else None,
+                "tok_per_s": statistics.median(x["tok_per_s"] for x in self.steps) if self.steps else None}
 
 
 def execute(runs):
@@ -92,13 +102,10 @@ def method(name, args, lr=None):
 
 def demo(args):
     runs = execute([method(name, args) for name in METHODS])
-    adam = runs[0].loss
-    rows = [{"method": run.label, "lr": run.settings["lr"], "val_loss": run.loss, "gap": run.loss / adam - 1,
-             "minutes": run.final["seconds"] / 60, "tok_per_s": sorted(x["tok_per_s"] for x in run.steps)[len(run.steps) // 2]}
-            for run in runs if run.final]
+    rows = [run.row(adam=runs[0]) for run in runs]
     table = markdown(("method", "learning rate", "validation loss", "gap to Adam", "minutes", "tokens/s"),
-                     [(r["method"], f"{r['lr']:g}", f"{r['val_loss']:.3f}", f"{r['gap']:+.1%}", f"{r['minutes']:.1f}",
-                       f"{r['tok_per_s']:,}") for r in rows])
+                     [(run.label, f"{r['lr']:g}", run.verdict, percent(r["gap"]), f"{(r['seconds'] or 0) / 60:.1f}",
+                       f"{r['tok_per_s'] or 0:,.0f}") for run, r in zip(runs, rows)])
 
     def draw(axes):
         for run in runs:
@@ -112,15 +119,14 @@ def demo(args):
 
 
 def lr(args):
-    runs = {name: execute([method(name, args, lr) for lr in METHODS[name][2]]) for name in METHODS}
+    runs = {name: [method(name, args, lr) for lr in METHODS[name][2]] for name in METHODS}
+    every = execute([run for some in runs.values() for run in some])
     best = {name: min(some, key=lambda run: run.loss) for name, some in runs.items()}
-    adam = best["Adam"].loss
-    rows = [{"method": name, "lr": run.settings["lr"], "val_loss": run.loss if run.loss < float("inf") else None,
-             "result": run.verdict, "best": run is best[name]} for name, some in runs.items() for run in some]
-    table = markdown(("method", "validation loss by learning rate", "best", "gap to Adam", "inside its grid"),
+    rows = [run.row(best["Adam"]) | {"best": run in best.values()} for run in every]
+    table = markdown(("method", "validation loss by learning rate", "best", "gap to Adam", "best inside the grid"),
                      [(name, "; ".join(f"{run.settings['lr']:g}: {run.verdict}" for run in some),
-                       f"{best[name].settings['lr']:g}", f"{best[name].loss / adam - 1:+.1%}",
-                       "yes" if best[name] not in (some[0], some[-1]) else "NO: widen it") for name, some in runs.items()])
+                       f"{best[name].settings['lr']:g}", percent(best[name].row(best["Adam"])["gap"]),
+                       "yes" if best[name] not in (some[0], some[-1]) else "no") for name, some in runs.items()])
 
     def draw(axes):
         for name, some in runs.items():
@@ -132,7 +138,7 @@ def lr(args):
                     axes.plot(run.settings["lr"], 0.97, "x", color=color, transform=axes.get_xaxis_transform())
         axes.set(xlabel="peak learning rate (x at the top: diverged)", ylabel="final validation loss (nats per token)", xscale="log")
         axes.legend()
-    return table, rows, draw, "Final validation loss against the learning rate.", [run for some in runs.values() for run in some]
+    return table, rows, draw, "Final validation loss against the learning rate.", every
 
 
 ARTEFACTS = {"demo": demo, "lr": lr}
@@ -144,12 +150,19 @@ def markdown(head, rows):
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
 
 
+def percent(x):
+    return "-" if x is None else f"{x:+.1%}"
+
+
 def publish(name, args, table, rows, draw, caption, runs):
     """Print the table; write results/SCALE/NAME.md, .json and .png."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    config = json.loads((runs[0].out / "config.json").read_text())
+    ran = [run for run in runs if run.final]
+    if not ran:
+        sys.exit(f"tables.py: none of the {len(runs)} runs finished, the last one with: {runs[-1].error}")
+    config = json.loads((ran[0].out / "config.json").read_text())
     meta = json.loads((Path(args.data) / "meta.json").read_text())
     s, seq_len = config["settings"], meta["seq_len"]
     caption += (f" {s['model']}, {s['steps']} steps of {s['batch_size']} x {seq_len} tokens, {Path(args.data).name}; "

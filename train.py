@@ -9,6 +9,7 @@ The world size and --micro_batch change the speed, never the batches: the losses
 with the same settings, a run goes on from its last checkpoint, on a CPU bit for bit as if it had never stopped. SIGTERM
 and Ctrl-C save first. OUT (on a disk that all nodes share) gets config.json, metrics.jsonl and ckpt.pt.
 """
+import argparse
 import contextlib
 import hashlib
 import inspect
@@ -31,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import optim
 from loader import Batches, DataError, Sequences, eval_blocks
-from model import SIZES, Config, LLaMA
+from model import IGNORE, SIZES, Config, LLaMA
 
 
 @dataclass
@@ -79,28 +80,31 @@ class UserError(Exception):
 
 # ---- settings -------------------------------------------------------------------------------------------------------
 
-def help_text():
-    lines = inspect.getsource(Settings).splitlines()
-    found = (re.match(r"\s+(\w+): .*? = (.*?)\s+# (.*)", line) for line in lines)
-    return __doc__ + "\nSettings, as --name=value or --name value:\n" + "\n".join(
-        f"  --{m[1]:13}{m[3]} [{m[2]}]" for m in found if m)
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; --help lists the settings", 2)
+
+
+def reader(kind):
+    """What argparse calls to read a field of this type: `float | None` takes "none" too."""
+    options = getattr(kind, "__args__", (kind,))
+
+    def read(text):
+        if text.lower() == "none" and len(options) > 1:
+            return None
+        return ("false", "true").index(text.lower()) == 1 if options[0] is bool else options[0](text)
+    read.__name__ = {int: "whole number", float: "number", bool: "true or false", str: "text"}[options[0]]
+    return read
 
 
 def parse(argv):
     """argv -> Settings, checked as far as they can be without the data."""
-    kinds = {f.name: f.type for f in fields(Settings)}
-    given, words = {}, list(argv)
-    while words:
-        name, equals, value = words.pop(0).partition("=")
-        key = name.removeprefix("--")
-        if name in ("--help", "-h"):
-            print(help_text())
-            sys.exit(0)
-        if not name.startswith("--") or key not in kinds:
-            raise UserError(f"unknown setting {name}: --help lists them", 2)
-        if not equals and not words:
-            raise UserError(f"{name} needs a value: {name}=...", 2)
-        given[key] = convert(name, value if equals else words.pop(0), kinds[key])
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS)
+    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Settings), re.M))
+    for f in fields(Settings):
+        parser.add_argument(f"--{f.name}", type=reader(f.type), metavar="", help=f"{comments[f.name]} [{f.default}]")
+    given = vars(parser.parse_args(argv))
     s = Settings(**given)
 
     def need(ok, message):
@@ -130,16 +134,6 @@ def parse(argv):
     return s
 
 
-def convert(name, text, kind):
-    if text.lower() == "none" and type(None) in getattr(kind, "__args__", ()):
-        return None
-    kind = getattr(kind, "__args__", (kind,))[0]
-    with contextlib.suppress(ValueError, KeyError):
-        return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-    words = {int: "a whole number", float: "a number", bool: "true or false"}
-    raise UserError(f"{name}={text}: expected {words[kind]}", 2)
-
-
 # ---- the run's folder -----------------------------------------------------------------------------------------------
 
 class Folder:
@@ -164,7 +158,7 @@ class Folder:
                 with contextlib.suppress(ValueError, KeyError):
                     line = json.loads(last[0]) if last else {}
                     return line if line.get("final") else None
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and any(p.suffix != ".tmp" for p in self.path.iterdir()):
             raise UserError(f"--out={self.path} holds other files and no run: choose another")
         else:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -291,17 +285,15 @@ def can_compile(device):
 
 
 @torch.no_grad()
-def evaluate(step, model, sequences, s, world, rows, folder):
-    """Validation loss in nats, in fp32: the sum of the token losses of a fixed set over their number, on all ranks."""
+def evaluate(model, sequences, tokens, rows, world):
+    """Validation loss in nats, in fp32, and its number of targets: the sum of the token losses of a fixed set over their
+    number, on all ranks; `rows` sequences at a time."""
     total = torch.zeros(2, dtype=torch.float64, device=world.device)  # losses, targets
-    for x, y in eval_blocks(sequences, s.eval_tokens, rows, world.rank, world.size):
+    for x, y in eval_blocks(sequences, tokens, rows, world.rank, world.size):
         x, y = x.to(world.device), y.to(world.device)
-        total += torch.stack((model(x, y).double(), (y != -100).sum().double()))
-    loss, tokens = world.sum(total).tolist()
-    if world.rank == 0:
-        folder.append([{"step": step, "val_loss": loss / tokens, "val_tokens": int(tokens)}])
-        print(f"step {step:>{len(str(s.steps))}}/{s.steps}  validation loss {loss / tokens:.4f}", flush=True)
-    return loss / tokens
+        total += torch.stack((model(x, y).double(), (y != IGNORE).sum().double()))
+    loss, count = world.sum(total).tolist()
+    return loss / count, int(count)
 
 
 class Log:
@@ -317,8 +309,6 @@ class Log:
 
     def flush(self, step, mark):
         """Write the lines up to `step`, begun at time `mark`. Returns the seconds they took, and the step that diverged."""
-        if not self.pending:
-            return 0.0, None
         names = list(self.pending[0][1])
         table = torch.stack([torch.stack(list(values.values())) for _, values in self.pending])  # [steps, names]
         table[:, 0] = self.world.sum(table[:, 0].clone())  # train_loss: each rank has its part of the sum
@@ -333,18 +323,29 @@ class Log:
                 diverged = number
                 break
         self.pending = []
-        if self.world.rank == 0:
-            self.folder.append(lines)
-            if step % self.s.log_every == 0 or diverged:
-                self.show(lines[-1], speed)
+        last = lines[-1]
+        clips = [f"{last['clipped_' + what]:.0%} of {what}" for what in ("tensors", "rows") if "clipped_" + what in last]
+        text = (f"{self.head(last['step'])}  loss {last['train_loss']:.4f}  lr {last['lr']:<8.3g}  gradient "
+                f"{last['grad_norm']:<8.2g}  {speed:,.0f} tok/s  {'clipped ' + ', '.join(clips) + '  ' if clips else ''}"
+                f"{clock((self.s.steps - step) * self.tokens_per_step / speed)} left")
+        self.write(lines, text if step % self.s.log_every == 0 or diverged else None)
         return seconds, diverged
 
-    def show(self, line, speed):
-        s, left = self.s, (self.s.steps - line["step"]) * self.tokens_per_step / speed
-        clips = [f"{line['clipped_' + what]:.0%} of {what}" for what in ("tensors", "rows") if "clipped_" + what in line]
-        print(f"step {line['step']:>{len(str(s.steps))}}/{s.steps}  loss {line['train_loss']:.4f}  lr {line['lr']:<8.3g}  "
-              f"gradient {line['grad_norm']:<8.2g}  {speed:,.0f} tok/s  "
-              f"{'clipped ' + ', '.join(clips) + '  ' if clips else ''}{clock(left)} left", flush=True)
+    def evaluation(self, step, loss, tokens):
+        self.write([{"step": step, "val_loss": loss, "val_tokens": tokens}], f"{self.head(step)}  validation loss {loss:.4f}")
+
+    def final(self, status, step, loss, seconds):
+        self.write([{"final": True, "status": status, "step": step, "val_loss": loss, "seconds": round(seconds, 1)}],
+                   f"{status} at step {step} after {clock(seconds)}" + (f", validation loss {loss:.4f}" if loss else ""))
+
+    def head(self, step):
+        return f"step {step:>{len(str(self.s.steps))}}/{self.s.steps}"
+
+    def write(self, lines, text):
+        if self.world.rank == 0:
+            self.folder.append(lines)
+            if text:
+                print(text, flush=True)
 
 
 def clock(seconds):
@@ -423,7 +424,7 @@ def train(s):
 
     log = Log(s, world, folder, sequences)
     if start == 0:
-        loss = evaluate(0, model, valid, s, world, rows, folder)
+        log.evaluation(0, *evaluate(model, valid, s.eval_tokens, rows, world))
     mark = time.time()
     for step in range(start, s.steps):
         for group in optimizer.param_groups:
@@ -459,22 +460,17 @@ def train(s):
             spent, diverged = log.flush(step, mark)
             seconds += spent
             if diverged:
-                return finish("diverged", diverged, None, seconds, folder, master)
+                return log.final("diverged", diverged, None, seconds)
             if to_eval:
-                loss = evaluate(step, model, valid, s, world, rows, folder)
+                loss, tokens = evaluate(model, valid, s.eval_tokens, rows, world)
+                log.evaluation(step, loss, tokens)
             if to_save and master:
                 folder.save(step, seconds, loss, model, optimizer)
             mark = time.time()
         if leave and not last:
             say(f"stopped by a signal after step {step}, saved in {s.out}: the same command goes on from here")
             sys.exit(128 + (stop or [signal.SIGTERM])[0])
-    finish("done", s.steps, loss, seconds, folder, master)
-
-
-def finish(status, step, loss, seconds, folder, master):
-    if master:
-        folder.append([{"final": True, "status": status, "step": step, "val_loss": loss, "seconds": round(seconds, 1)}])
-        print(f"{status} at step {step} after {clock(seconds)}" + (f", validation loss {loss:.4f}" if loss else ""))
+    log.final("done", s.steps, loss, seconds)
 
 
 def main():

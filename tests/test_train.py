@@ -234,8 +234,8 @@ def test_a_full_disk_keeps_the_old_checkpoint(stream, tmp_path):
 # ---- refusals -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("words, expected", [
-    (["--learning_rate=1"], ["--learning_rate", "--help"]), (["7"], ["7"]), (["--lr"], ["--lr", "value"]),
-    (["--lr=fast"], ["--lr=fast", "a number"]), (["--steps=1e3"], ["--steps", "whole number"]), (["--compile=yes"], ["--compile", "true or false"]),
+    (["--learning_rate=1"], ["--learning_rate", "--help"]), (["7"], ["7"]), (["--lr"], ["--lr", "expected one argument"]),
+    (["--lr=fast"], ["--lr", "invalid number", "fast"]), (["--steps=1e3"], ["--steps", "invalid whole number"]), (["--compile=yes"], ["--compile", "true or false"]),
     (["--lr=0"], ["--lr", "above 0"]), (["--lr=-1"], ["--lr", "above 0"]), (["--lr=nan"], ["--lr"]), (["--lr=none", "--steps=0"], ["--steps"]),
     (["--warmup=1.5"], ["--warmup", "fraction"]), (["--warmup=50"], ["--warmup", "fraction"]), (["--momentum=1"], ["--momentum"]),
     (["--model=7b"], ["7b", "130m"]), (["--optimizer=lion"], ["lion", "adamw"]), (["--out="], ["--out"]), (["--dtype=fp8"], ["fp8"]),
@@ -312,5 +312,5 @@ def test_help_lists_every_setting(capsys):
     with pytest.raises(SystemExit) as e:
         train.parse(["--help"])
     out = capsys.readouterr().out
-    assert not e.value.code and all(f"--{name} " in out for name in train.Settings.__dataclass_fields__)
+    assert not e.value.code and all(f"--{name} " in out and f"[{getattr(train.Settings, name)}]" in out for name in train.Settings.__dataclass_fields__)
     assert all(k in train.Settings.__dataclass_fields__ for k in TINY)
