@@ -1,12 +1,12 @@
 """Text -> token shards: train_000000.bin, ..., val_000000.bin, ..., tokenizer.model, token_counts.npy, meta.json.
 
-    python data/prepare.py python --out=data/python            # Python's own standard library, on this machine: no network
+    python data/prepare.py python --out=data/python            # the source of Python's standard library: no network
     python data/prepare.py files a.json.gz b.jsonl c.txt --out=data/mine --tokenizer=train:4096 --layout=stream
     python data/prepare.py c4 --out=data/c4 --train_shards=0-28     # the paper's: T5's tokenizer, rows of 256 tokens
 
-A .bin is llm.c's format: 256 int32 of header (magic, version, number of tokens), then the tokens as uint16. meta.json is
-written last, so a directory without "complete": true is half done; the same command again keeps the finished shards and
-goes on. Documents keep their order; tokenizing uses all cores.
+A .bin is llm.c's format: 256 int32 of header (magic, version, number of tokens), then the tokens as uint16. meta.json
+says "complete": true last of all; before that, the same command again keeps the finished shards and goes on. Documents
+keep their order; tokenizing uses all cores.
 """
 import argparse
 import gzip
@@ -15,6 +15,7 @@ import http.client
 import io
 import json
 import os
+import ssl
 import sys
 import sysconfig
 import time
@@ -42,8 +43,8 @@ def fail(message):
 # ---- documents ------------------------------------------------------------------------------------------------------
 
 def read_documents(path):
-    """The documents of a local file: JSON lines with a "text" field, or .txt, where a blank line ends a document; either
-    may be gzip'd. Yields str."""
+    """The documents of a local file: JSON lines with a "text" field, or .txt, where a blank line ends a document;
+    either may be gzip'd. Yields str."""
     name = path.name.removesuffix(".gz")
     if not name.endswith((".json", ".jsonl", ".txt")):
         fail(f"{path}: expected .json, .jsonl or .txt, or one of them gzip'd")
@@ -53,7 +54,8 @@ def read_documents(path):
             paragraph, size = [], 0
             for number, line in enumerate(lines, 1):
                 if not name.endswith(".txt"):
-                    yield json_text(path, number, line)
+                    if line.strip():
+                        yield json_text(path, number, line)
                 elif line.strip() and size < 100_000:  # a file without blank lines is no endless document
                     paragraph.append(line)
                     size += len(line)
@@ -82,17 +84,23 @@ def json_text(path, number, line):
         problem = '"text" holds a lone surrogate'
     except (TypeError, AttributeError):
         problem = '"text" is not a string'
+    except (ValueError, RecursionError) as e:  # numbers or nesting beyond all measure
+        problem = f"not JSON that can be read ({type(e).__name__})"
     fail(f"{path} line {number}: {problem}: mend or remove the line")
 
 
 def python_files(limit):
-    """Python's standard library without its tests, up to `limit` bytes: in the order of the hashes of the paths, so that
-    the cap takes from all of it alike, and the same everywhere for one version of Python."""
+    """Python's standard library, up to `limit` characters, without its tests and what differs from one build to the next:
+    in the order of the hashes of the paths, so that the cap takes from all of it alike."""
     root = Path(sysconfig.get_path("stdlib"))
     skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3"}
-    names = [p.relative_to(root).as_posix() for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts)]
-    for name in sorted(names, key=lambda n: hashlib.sha256(n.encode()).digest()):
-        text = (root / name).read_text(encoding="utf-8", errors="replace")
+    paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")
+             if not skip & set(path.relative_to(root).parts) and path.is_file() and not path.is_symlink()
+             and not path.name.startswith("_sysconfig") and not path.parent.name.startswith("config-")}
+    if not paths:
+        fail(f"no Python source in {root}: use a Python with its standard library, or `prepare.py files` with other text")
+    for name in sorted(paths, key=lambda n: hashlib.sha256(n.encode()).digest()):
+        text = paths[name].read_text(encoding="utf-8", errors="replace")
         limit -= len(text)
         if limit < 0:
             return
@@ -114,7 +122,7 @@ def documents(args):
     elif args.source == "files":
         pairs = split_by_hash((text for path in args.paths for text in read_documents(path)), args.val_fraction)
     else:
-        pairs = split_by_hash(python_files(args.max_bytes), args.val_fraction)
+        pairs = split_by_hash(python_files(args.max_chars), args.val_fraction)
     return ((split, text) for split, text in pairs if text.strip())
 
 
@@ -165,12 +173,14 @@ def download(url, path, check, tries):
                 part.unlink()
             elif e.code < 500 and e.code != 429:
                 fail(f"{url}: {problem}: check the name, or fetch the file by hand and put it at {path}")
-        except (OSError, http.client.HTTPException) as e:
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as e:
             problem = str(getattr(e, "reason", e)) or type(e).__name__
+        except ValueError as e:
+            fail(f"{url}: {e}: check the address")
         failures = 0 if part.exists() and part.stat().st_size > have else failures + 1
         if failures >= tries:
-            fail(f"{url}: {problem}: tried {tries} times; run this again when the network is back (it continues where "
-                 f"it stopped), or fetch the file by hand and put it at {path}")
+            fail(f"{url}: {problem}: tried {tries} times; run this again when the network is back (it goes on where it "
+                 f"stopped), or fetch the file by hand and put it at {path}")
         print(f"{path.name}: {problem}; trying again", flush=True)
         time.sleep(min(30, 2**failures / 4))
     problem = check(part)
@@ -230,24 +240,20 @@ class Tokenizer:
             fail(f"{name} has no end-of-sequence piece, which ends each document: choose another tokenizer")
 
 
-def get_tokenizer(args):
-    """The tokenizer asked for; a SentencePiece one is kept in the data directory as tokenizer.model."""
-    if args.tokenizer == "gpt2":
-        return Tokenizer("gpt2")
-    kept = args.out / "tokenizer.model"
-    if not kept.exists():
-        if args.tokenizer == "t5":
-            model = download(args.t5_url, args.downloads / "spiece.model", check_t5, args.tries).read_bytes()
-        elif args.tokenizer.startswith("train:"):
-            model = train_tokenizer(args)
-        else:
-            try:
-                model = Path(args.tokenizer).read_bytes()
-            except OSError as e:
-                fail(f"--tokenizer={args.tokenizer}: {e.strerror}: give t5, gpt2, train:N or a SentencePiece .model file")
-        Tokenizer(args.tokenizer, model)  # refuse a bad one before it is kept
-        write(kept, model)
-    return Tokenizer(args.tokenizer, kept.read_bytes())
+def tokenizer_model(args):
+    """The bytes of the SentencePiece model asked for."""
+    if args.tokenizer == "t5":
+        path = download(args.t5_url, args.downloads / "spiece.model", check_t5, args.tries)
+        if problem := check_t5(path):  # it may have been put there by hand
+            fail(f"{path} is {problem}: delete it")
+    elif args.tokenizer.startswith("train:"):
+        return train_tokenizer(args)
+    else:
+        path = Path(args.tokenizer)
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        fail(f"--tokenizer={args.tokenizer}: {e.strerror}: give t5, gpt2, train:N or a SentencePiece .model file")
 
 
 def train_tokenizer(args):
@@ -273,9 +279,9 @@ def train_tokenizer(args):
             sentence_iterator=lines(), model_writer=model, model_type="bpe", vocab_size=pieces, minloglevel=2,
             pad_id=0, eos_id=1, unk_id=2, bos_id=-1, user_defined_symbols=["\n"], byte_fallback=True,
             normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True)
+            allow_whitespace_only_pieces=True, max_sentence_length=1 << 30)
     except RuntimeError as e:
-        fail(f"--tokenizer={args.tokenizer}: SentencePiece refused ({str(e).split('] ')[-1].strip()}): "
+        fail(f"--tokenizer={args.tokenizer}: SentencePiece refused ({' '.join(str(e).split())}): "
              f"choose another N, or give it more text")
     return model.getvalue()
 
@@ -293,23 +299,24 @@ def write(path, data):
 
 
 class ShardWriter:
-    """The shards of one split, shard_docs documents each; one that is there already is skipped, not made again."""
+    """The shards of one split, each of about shard_chars characters; one that is there is skipped, not made again."""
 
     def __init__(self, args, split, tokenizer):
         self.args, self.split, self.tokenizer = args, split, tokenizer
-        self.docs, self.texts, self.file, self.kept = 0, [], None, False
+        self.docs, self.shards, self.room, self.texts, self.file = 0, 0, 0, [], None
 
     def add(self, text):
-        if self.docs % self.args.shard_docs == 0:
-            self.path = self.args.out / f"{self.split}_{self.docs // self.args.shard_docs:06d}.bin"
-            self.kept = self.path.exists()
+        if self.room <= 0:
+            self.close()
+            self.path = self.args.out / f"{self.split}_{self.shards:06d}.bin"
+            self.room, self.kept = self.args.shard_chars, self.path.exists()
+            self.shards += 1
         self.docs += 1
+        self.room -= max(len(text), self.args.seq_len)
         if not self.kept:
             self.texts.append(text)
         if len(self.texts) == 2048:
             self.flush()
-        if self.docs % self.args.shard_docs == 0:
-            self.close()
 
     def flush(self):
         """Tokenize the waiting documents into the open shard."""
@@ -350,25 +357,47 @@ class ShardWriter:
         self.file = None
 
 
-def refuse_or_continue(args, settings):
-    """True if the directory is complete; fails if it belongs to another command; else makes it ready to go on."""
-    path, shards = args.out / "meta.json", any(args.out.glob("*.bin"))
-    if path.exists():
+def count_tokens(paths, vocab_size):
+    """How often each token occurs, int64 [vocab_size]; piece by piece, as bincount makes its input int64."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for path in paths:
+        tokens = np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER)
+        for i in range(0, len(tokens), 1 << 22):
+            counts += np.bincount(tokens[i:i + (1 << 22)], minlength=vocab_size)
+    return counts
+
+
+def begin(args, settings):
+    """The tokenizer for a new data directory or for one that the same command left half done; None if it is complete.
+    Fails if the directory belongs to something else."""
+    meta, kept, shards = args.out / "meta.json", args.out / "tokenizer.model", any(args.out.glob("*.bin"))
+    old = None
+    if meta.exists():
         try:
-            old = json.loads(path.read_text())
+            old = json.loads(meta.read_text())
             complete, same = old["complete"], old["settings"] == settings
         except (ValueError, KeyError, TypeError):
-            fail(f"{path} is broken: delete {args.out} and prepare it again")
-        if not same and shards:
-            fail(f"{args.out} was prepared with other settings ({path}): choose another --out, or delete it")
-        if same:
-            return complete
-        (args.out / "tokenizer.model").unlink(missing_ok=True)
+            fail(f"{meta} is broken, or not of prepare.py: choose another --out")
+        if not same and (shards or complete):
+            fail(f"{args.out} was prepared with other settings or from other files ({meta}): choose another --out, or delete it")
+        if complete:
+            return None
     elif shards:
         fail(f"{args.out} holds shards but no meta.json: choose another --out, or delete it")
+    if args.tokenizer == "gpt2":
+        tokenizer = Tokenizer("gpt2")
+    elif old and same:
+        tokenizer = Tokenizer(args.tokenizer, kept.read_bytes())
+    else:
+        model = tokenizer_model(args)
+        tokenizer = Tokenizer(args.tokenizer, model)
+        if kept.exists() and not old and kept.read_bytes() != model:
+            fail(f"{kept} is there already, and another one: choose another --out")
+        args.out.mkdir(parents=True, exist_ok=True)
+        write(kept, model)
     args.out.mkdir(parents=True, exist_ok=True)
-    write(path, json.dumps({"complete": False, "settings": settings}, indent=1).encode())
-    return False
+    write(meta, json.dumps({"complete": False, "settings": settings}, indent=1).encode())
+    return tokenizer
 
 
 def prepare(args):
@@ -378,14 +407,13 @@ def prepare(args):
         for path in args.paths:
             if not path.is_file():
                 fail(f"no file {path}: give .json.gz, .jsonl or .txt files")
-        settings["files"] = [[path.name, path.stat().st_size] for path in args.paths]
+        settings["files"] = [[path.name, hashlib.file_digest(open(path, "rb"), "sha256").hexdigest()] for path in args.paths]
     if args.source == "python":
         settings["python"] = sys.version.split()[0]
-    if refuse_or_continue(args, settings):
+    t = begin(args, settings)
+    if t is None:
         print(f"{args.out} is ready: nothing to do")
         return
-
-    t = get_tokenizer(args)
     vocab_size, args.pad_id = t.vocab_size, t.pad_id
     if args.layout == "rows" and t.pad_id < 0:  # no piece for padding: one more id
         args.pad_id, vocab_size = vocab_size, vocab_size + 1
@@ -411,8 +439,7 @@ def prepare(args):
 
     # All figures are read back from the shards, whichever run made them.
     shards = {split: sorted(args.out.glob(f"{split}_*.bin")) for split in writers}
-    counts = {split: sum(np.bincount(np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER), minlength=vocab_size)
-                         for path in paths) for split, paths in shards.items()}
+    counts = {split: count_tokens(paths, vocab_size) for split, paths in shards.items()}
     tokens = {split: int(c.sum()) for split, c in counts.items()}
     padding = int(counts["train"][args.pad_id]) if args.layout == "rows" else 0
     meta = {"complete": True, "vocab_size": vocab_size, "layout": args.layout, "seq_len": args.seq_len,
@@ -425,8 +452,8 @@ def prepare(args):
     np.save(buffer, counts["train"])
     write(args.out / "token_counts.npy", buffer.getvalue())  # of the training set, for the frequency groups
     write(args.out / "meta.json", json.dumps(meta, indent=1).encode())
-    print(f"{args.out}: {tokens['train']:,} training tokens ({meta['padding_share']:.0%} padding), {tokens['val']:,} for "
-          f"validation, vocabulary {vocab_size:,}")
+    print(f"{args.out}: {tokens['train']:,} training tokens, {meta['padding_share']:.0%} of them padding; {tokens['val']:,} "
+          f"for validation; vocabulary {vocab_size:,}")
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
@@ -445,7 +472,7 @@ def ranges(limit):
             first, _, last = part.partition("-")
             numbers += range(int(first), int(last or first) + 1)
         if not numbers or max(numbers) >= limit or len(set(numbers)) < len(numbers):
-            raise argparse.ArgumentTypeError(f"{text} is no list of different shards from 0 to {limit - 1}, like 0-9,12")
+            raise argparse.ArgumentTypeError(f"{text}: expected different numbers from 0 to {limit - 1}, like 0-9,12")
         return numbers
     parse.__name__ = "list of shards"
     return parse
@@ -472,9 +499,9 @@ def main():
         p.add_argument("--tokenizer", default=tokenizer, help="t5, gpt2, train:N or a SentencePiece .model file")
         p.add_argument("--layout", choices=("rows", "stream"), default=layout, help="a document a row, or end to end")
         p.add_argument("--seq_len", type=number(int, 2, 65536), default=seq_len, help="tokens of a sequence")
-        p.add_argument("--shard_docs", type=number(int, 1, 1e9), default=262144, help="documents of a .bin file")
+        p.add_argument("--shard_chars", type=number(int, 1, 4e8), default=400_000_000, help="text of a .bin file")
         p.add_argument("--downloads", type=Path, help="folder for downloaded files (default: OUT/downloads)")
-        p.add_argument("--tries", type=number(int, 1, 1e9), default=8, help="of a download, in a row without a new byte")
+        p.add_argument("--tries", type=number(int, 1, 1e9), default=8, help="of a download, without a new byte")
         p.add_argument("--t5_url", default=T5, help="where t5's spiece.model is")
         if source == "c4":
             p.add_argument("--train_shards", type=ranges(C4_FILES["train"]), default="0-28", help="of 0-1023")
@@ -485,7 +512,7 @@ def main():
         if source == "files":
             p.add_argument("paths", type=Path, nargs="+", metavar="FILE", help=".json, .jsonl or .txt, or gzip'd")
         if source == "python":
-            p.add_argument("--max_bytes", type=number(int, 1, 1e12), default=10_000_000, help="cap on the text")
+            p.add_argument("--max_chars", type=number(int, 1, 1e12), default=10_000_000, help="cap on the text, in characters")
     args = top.parse_args()
     args.downloads = args.downloads or args.out / "downloads"
     try:

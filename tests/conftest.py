@@ -72,9 +72,9 @@ def stream(tmp_path_factory, text):
 
 @pytest.fixture(scope="session")
 def rows(tmp_path_factory, text, stream):
-    """The same text and tokenizer as rows of 32, in shards of 100 documents."""
+    """The same text and tokenizer as rows of 32, in shards of 20,000 characters."""
     out = tmp_path_factory.mktemp("rows") / "data"
     done = prepare("files", text, f"--out={out}", f"--tokenizer={stream / 'tokenizer.model'}", "--layout=rows",
-                   "--seq_len=32", "--shard_docs=100")
+                   "--seq_len=32", "--shard_chars=20000")
     assert done.returncode == 0, done.stderr
     return out

@@ -23,19 +23,19 @@ def demo(stream, tmp_path_factory):
 
 def test_demo_shows_what_the_runs_measured(demo, stream):
     folder, _, first = demo
-    stem = folder / "results" / "nano" / f"demo-{stream.name}"
-    rows = json.loads(stem.with_suffix(".json").read_text())["rows"]
+    files = {path.suffix: path for path in (folder / "results" / "nano").iterdir()}
+    rows = json.loads(files[".json"].read_text())["rows"]
     assert [r["method"] for r in rows] == ["Adam", "SGD with momentum", "clipped SGD"]
     finals = {json.loads((out / "config.json").read_text())["settings"]["optimizer"]: metrics(out)[-1]["val_loss"]
               for out in (folder / "runs").iterdir()}
     for r in rows:
         assert r["val_loss"] == finals[r["optimizer"]]
         assert r["gap"] == pytest.approx((r["val_loss"] - rows[0]["val_loss"]) / rows[0]["val_loss"])
-    text = stem.with_suffix(".md").read_text()
+    text = files[".md"].read_text()
     for r in rows:
         assert re.search(rf"\| {r['method']} \| {r['lr']:g} \| {r['val_loss']:.3f} \| \{r['gap']:+.1%} ", text), text
     assert text.split("\n\n")[1] in first.stdout and "3 runs" in text and "12 steps of 8 x 32 tokens" in text
-    assert stem.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "--steps=12" in text and files[".png"].read_bytes().startswith(b"\x89PNG")
 
 
 def test_finished_runs_are_not_repeated_and_killed_ones_go_on(demo):
@@ -52,9 +52,15 @@ def test_finished_runs_are_not_repeated_and_killed_ones_go_on(demo):
     assert (run / "metrics.jsonl").read_text() == lines
 
 
+def test_bad_words_are_refused(tmp_path):
+    for words in (["demo", "--steps", "5"], ["demo", "--lr=3"], ["nothing"]):
+        done = python(TABLES, *words, cwd=tmp_path)
+        assert done.returncode == 2 and "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
 def test_a_failed_run_is_shown_and_stops_nothing(stream, tmp_path):
     done = python(TABLES, "demo", f"--data={stream}", *settings(steps=4), "--token_clip=0.01", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "failed: train.py: --token_clip does nothing for --optimizer=adamw" in done.stdout and "| clipped SGD | 100 | " in done.stdout
 
 
