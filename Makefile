@@ -6,7 +6,7 @@ PY := .venv/bin/python
 
 help:  ## this list
 	@echo "Targets (times: two CPU cores). SCALE and DATA choose another scale or data directory, PYTHON the interpreter."
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10 | sed 's/^/  make /'
+	@awk -F ':.*## ' '/^[a-z\/]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(DATA)  ## Adam, SGD and clipped SGD side by side: a table and a picture in ten minutes
 	$(PY) tables.py demo --scale=$(SCALE) --data=$(DATA)

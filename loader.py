@@ -30,14 +30,16 @@ def read_meta(folder):
         raise DataError(f"{path} is missing: prepare the data again with data/prepare.py")
     try:
         meta = json.loads(path.read_text())
-        vocab, layout, seq_len = int(meta["vocab_size"]), meta["layout"], int(meta["seq_len"])
-        ok = layout in ("rows", "stream") and seq_len > 1 and 0 < vocab <= 65536
-    except (ValueError, KeyError, TypeError) as e:
-        raise DataError(f"{path} is broken ({type(e).__name__}: {e}): prepare the data again") from None
-    if not ok:
-        raise DataError(f"{path}: layout {layout}, seq_len {seq_len}, vocab_size {vocab} cannot be: prepare it again")
-    if not meta.get("complete"):
-        raise DataError(f"{path}: preparing was cut short; run the same data/prepare.py command again to finish it")
+        if not meta.get("complete"):
+            raise DataError(f"{path}: preparing was cut short; run the same data/prepare.py command again to finish it")
+        kinds = {"vocab_size": int, "seq_len": int, "layout": str, "pad_id": int, "shards": dict}
+        wrong = [k for k, kind in kinds.items() if not isinstance(meta.get(k), kind)]
+        if wrong:
+            raise ValueError(f"no valid {', '.join(wrong)}")
+        if meta["layout"] not in ("rows", "stream") or meta["seq_len"] < 2 or not 0 < meta["vocab_size"] <= 65536:
+            raise ValueError(f"layout {meta['layout']}, seq_len {meta['seq_len']}, vocab_size {meta['vocab_size']}")
+    except (ValueError, AttributeError) as e:
+        raise DataError(f"{path} is broken ({e}): prepare the data again") from None
     return meta
 
 
@@ -70,9 +72,9 @@ class Sequences:
         self.seq_len, self.vocab_size = self.meta["seq_len"], self.meta["vocab_size"]
         self.rows = self.meta["layout"] == "rows"
         self.paths = sorted(Path(folder).glob(f"{split}_*.bin"))
-        if len(self.paths) != self.meta["shards"][split]:
+        if not self.paths or len(self.paths) != self.meta["shards"].get(split):
             raise DataError(f"{folder} has {len(self.paths)} {split}_*.bin where meta.json says "
-                            f"{self.meta['shards'][split]}: run the same data/prepare.py command again")
+                            f"{self.meta['shards'].get(split)}: prepare the data again")
         self.shards = [open_shard(path) for path in self.paths]
         T = self.seq_len  # a stream's last sequence needs one token more, to predict
         self.starts = np.cumsum([0] + [(len(s) if self.rows else len(s) - 1) // T for s in self.shards])
@@ -92,7 +94,7 @@ class Sequences:
             piece = self.shards[k][start:start + T + (not self.rows)]
             if piece.max() >= self.vocab_size:
                 raise DataError(f"{self.paths[k]}: token {piece.max()} near position {start} is not below meta.json's "
-                                f"vocab_size {self.vocab_size}: the shard belongs to another tokenizer; prepare it again")
+                                f"vocab_size {self.vocab_size}: the shard is another tokenizer's; prepare the data again")
             out[:len(piece)] = piece
         window = window.astype(np.int64)
         inputs, targets = window[:, :-1], window[:, 1:].copy()
@@ -129,11 +131,10 @@ class Batches:
         """A rank's share: inputs, targets [batch_size / world, seq_len], and the targets that count in the WHOLE batch,
         which every rank needs for the mean."""
         numbers = self.numbers(step)
-        if not self.sequences.rows:
-            inputs, targets = self.sequences[np.array_split(numbers, world)[rank]]
-            return inputs, targets, self.batch_size * self.sequences.seq_len
-        inputs, targets = self.sequences[numbers]
         mine = slice(rank * len(numbers) // world, (rank + 1) * len(numbers) // world)
+        if not self.sequences.rows:
+            return *self.sequences[numbers[mine]], self.batch_size * self.sequences.seq_len
+        inputs, targets = self.sequences[numbers]  # all of it, to count the targets: cheaper than to ask the other ranks
         return inputs[mine], targets[mine], int((targets != IGNORE).sum())
 
 

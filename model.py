@@ -140,8 +140,8 @@ class OutputLoss(torch.autograd.Function):
     """The output layer and the cross-entropy: sum of -log softmax(hidden @ weight.T)[targets] over the rows.
 
     hidden [N, hidden], weight [vocab, hidden], targets [N] int64 or IGNORE; `chunk` rows at a time. Forward computes
-    the gradients (if `grad`) while it has the logits in hand: they cost less to keep ([N, hidden] and the weight's own shape) than
-    the logits ([N, vocab]) would. Products run in the autocast dtype, all else in fp32.
+    the gradients (if `grad`) while it has the logits in hand: they cost less to keep ([N, hidden] and the weight's own
+    shape) than the logits ([N, vocab]) would. Products run in the autocast dtype, all else in fp32.
     """
 
     @staticmethod

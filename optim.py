@@ -75,8 +75,9 @@ class ClippedSGD(torch.optim.Optimizer):
     that it clipped, 0-d tensors on the device (None where the clip is off).
     """
 
+    report, clipped = False, {}
+
     def __init__(self, params, lr, momentum=0.9, token_clip=None, update_clip=5e-4, foreach=True):
-        self.report, self.clipped = False, {}
         super().__init__(params, dict(lr=lr, momentum=momentum, token_clip=token_clip, update_clip=update_clip,
                                       foreach=foreach))
 
@@ -91,7 +92,7 @@ class ClippedSGD(torch.optim.Optimizer):
                 raise ValueError(f"{name} must be above 0, not {group[name]}; None switches it off")
         super().add_param_group(param_group)
         if group["token_clip"] is not None and any(p.dim() != 2 for p in self.param_groups[-1]["params"]):
-            raise ValueError("token_clip needs 2-D parameters, a row for each token: set it on the output layer's group alone")
+            raise ValueError("token_clip needs 2-D parameters, a row for each token: set it on the output layer's group")
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -1,5 +1,4 @@
 """What surrounds a run: the processes that share it, its folder on disk, and its log."""
-import contextlib
 import json
 import math
 import os
@@ -14,9 +13,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from loader import DataError
+
 
 class UserError(Exception):
-    """One line for the user: what is wrong, where, and the remedy. `status` is the exit status."""
+    """One line for the user: what is wrong, where, and the remedy; raised on every rank. `status` is the exit status."""
 
     def __init__(self, message, status=1):
         super().__init__(message)
@@ -50,14 +51,14 @@ class World:
         return tensor
 
     def first(self, function):
-        """function() of rank 0, its result or its UserError on every rank."""
+        """function() of rank 0: its result, or its error as a UserError, on every rank."""
         if self.size == 1:
             return function()
         answer = [None, None]
         if self.rank == 0:
             try:
                 answer[0] = function()
-            except UserError as e:
+            except (UserError, DataError) as e:
                 answer[1] = str(e)
         dist.broadcast_object_list(answer, group=self.host)
         if answer[1]:
@@ -66,36 +67,45 @@ class World:
 
 
 class Folder:
-    """config.json, metrics.jsonl and ckpt.pt of one run. Only rank 0 writes."""
+    """config.json, metrics.jsonl and ckpt.pt of one run. Rank 0 writes, and all ranks learn whether it could."""
 
-    def __init__(self, path, identity):
-        self.path, self.identity = Path(path), identity  # identity: the settings that make a run what it is
+    def __init__(self, path, identity, world):
+        self.path, self.identity, self.world = Path(path), identity, world  # identity: what makes a run what it is
         self.config, self.metrics, self.ckpt = (self.path / n for n in ("config.json", "metrics.jsonl", "ckpt.pt"))
 
     def claim(self, about):
-        """Make the folder, or see that it is this run's. Returns the final line of a finished run, else None."""
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"--out={self.path} is a file: choose another")
-        if self.config.exists():
-            try:
-                theirs = json.loads(self.config.read_text())["identity"]
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{self.config} is broken: delete {self.path}, or choose another --out") from None
-            self.compare(theirs, self.path)
-            if self.metrics.exists():
-                last = self.metrics.read_bytes().splitlines()[-1:]
-                with contextlib.suppress(ValueError, KeyError):
-                    line = json.loads(last[0]) if last else {}
-                    return line if line.get("final") else None
-        elif self.path.exists() and any(p.suffix != ".tmp" for p in self.path.iterdir()):
-            raise UserError(f"--out={self.path} holds other files and no run: choose another")
-        else:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.write(self.config, lambda f: f.write(json.dumps({"identity": self.identity, **about}, indent=1).encode()))
+        """Make the folder, or see that it is this run's. Returns the final line if the run is finished, else None."""
+        return self.world.first(lambda: self._claim(about))
 
-    def compare(self, theirs, where):
-        keys = {*self.identity, *theirs}
-        other = [f"{k}={theirs.get(k)} (now {self.identity.get(k)})" for k in sorted(keys)
+    def _claim(self, about):
+        try:
+            if self.config.exists():
+                self.compare(self.config, json.loads(self.config.read_text()))
+                return self.last_line() if self.metrics.exists() else None
+            if self.path.is_dir() and any(p.suffix != ".tmp" for p in self.path.iterdir()):
+                raise UserError(f"--out={self.path} holds other files and no run: choose another")
+            self.path.mkdir(parents=True, exist_ok=True)
+        except ValueError:
+            raise UserError(f"{self.config} is broken, or not of a run of train.py: choose another --out") from None
+        except OSError as e:
+            raise UserError(f"--out={self.path}: {e.strerror}: choose another") from None
+        text = json.dumps({"identity": self.identity, **about}, indent=1)
+        self.write(self.config, lambda f: f.write(text.encode()))
+
+    def last_line(self):
+        """The final line of metrics.jsonl, or None if it is not there yet."""
+        try:
+            line = json.loads(self.metrics.read_bytes().splitlines()[-1])
+        except (ValueError, IndexError):  # torn, or empty
+            return None
+        return line if line.get("final") else None
+
+    def compare(self, where, holder):
+        """Refuse what another run wrote: `holder` has its identity."""
+        theirs = holder.get("identity") if isinstance(holder, dict) else None
+        if not isinstance(theirs, dict):
+            raise UserError(f"{where} is not of a run of train.py: choose another --out")
+        other = [f"{k}={theirs.get(k)} (now {self.identity.get(k)})" for k in sorted({*self.identity, *theirs})
                  if theirs.get(k) != self.identity.get(k)]
         if other:
             raise UserError(f"{where} belongs to a run with {', '.join(other)}: choose another --out, or delete it")
@@ -109,64 +119,84 @@ class Folder:
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(tmp, path)
-        except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
+        except (OSError, RuntimeError) as e:  # torch.save turns a failed write into a RuntimeError
             tmp.unlink(missing_ok=True)
-            kept = "; the one before it is kept" if path.exists() else ""
-            raise UserError(f"could not write {path} ({getattr(e, 'strerror', None) or str(e).splitlines()[0]}){kept}: "
-                            f"make room and start again") from None
+            kept = ", the one before it is kept" if path.exists() else ""
+            reason = getattr(e, "strerror", None) or "is the disk full?"
+            raise UserError(f"could not write {path} ({reason}){kept}: make room and start again") from None
 
     def append(self, lines):
+        """Add lines to metrics.jsonl; what is not finite becomes null."""
         text = "".join(json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v
                                    for k, v in line.items()}) + "\n" for line in lines)
-        try:
-            with open(self.metrics, "a") as f:
-                f.write(text)
-        except OSError as e:
-            raise UserError(f"could not write {self.metrics} ({e.strerror}): make room and start again") from None
+
+        def write():
+            try:
+                with open(self.metrics, "a") as f:
+                    f.write(text)
+            except OSError as e:
+                raise UserError(f"could not write {self.metrics} ({e.strerror}): make room and start again") from None
+        self.world.first(write)
 
     def save(self, step, seconds, loss, model, optimizer):
-        with open(self.metrics, "ab") as f:
-            os.fsync(f.fileno())
-            size = f.tell()
-        state = {"identity": self.identity, "step": step, "seconds": seconds, "metrics_bytes": size,
-                 "val_loss": loss, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        self.write(self.ckpt, lambda f: torch.save(state, f))
+        def write():
+            with open(self.metrics, "ab") as f:
+                os.fsync(f.fileno())
+                size = f.tell()
+            state = {"identity": self.identity, "step": step, "seconds": seconds, "metrics_bytes": size, "val_loss": loss,
+                     "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            self.write(self.ckpt, lambda f: torch.save(state, f))
+        self.world.first(write)
 
     def load(self, model, optimizer):
-        """Restore the checkpoint, if there is one. Returns step, seconds, bytes of metrics.jsonl, validation loss."""
-        if not self.ckpt.exists():
-            return 0, 0.0, 0, None
-        try:
-            state = torch.load(self.ckpt, map_location="cpu", weights_only=True)
-            self.compare(state["identity"], self.ckpt)
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            return state["step"], state["seconds"], state["metrics_bytes"], state["val_loss"]
-        except UserError:
-            raise
-        except Exception as e:  # a torn or foreign file fails in many ways, all with this remedy
-            raise UserError(f"{self.ckpt} is damaged or no checkpoint of train.py ({type(e).__name__}): restore it from a "
-                            f"copy, or delete it to start from step 0") from None
+        """Restore the checkpoint, if there is one, and cut metrics.jsonl back to it. Returns the steps and seconds done
+        so far and the last validation loss."""
+        step, seconds, size, loss = 0, 0.0, 0, None
+        if self.ckpt.exists():
+            try:
+                state = torch.load(self.ckpt, map_location="cpu", weights_only=True, mmap=True)
+                self.compare(self.ckpt, state)
+                model.load_state_dict(state["model"])
+                optimizer.load_state_dict(state["optimizer"])
+                step, seconds, size, loss = (state[k] for k in ("step", "seconds", "metrics_bytes", "val_loss"))
+            except UserError:
+                raise
+            except Exception as e:  # a torn or foreign file fails in many ways, all with this remedy
+                raise UserError(f"{self.ckpt} is damaged or no checkpoint of train.py ({type(e).__name__}): restore it "
+                                f"from a copy, or delete it to start from step 0") from None
+        if self.world.any(step != self.world.first(lambda: step)):
+            raise UserError(f"the processes see different {self.ckpt}: put --out on a disk that they share")
+
+        def cut():
+            have = self.metrics.stat().st_size if self.metrics.exists() else 0
+            if have < size:
+                raise UserError(f"{self.metrics} is shorter than when {self.ckpt} was saved: restore it, or delete "
+                                f"{self.path} to start again")
+            if have:
+                os.truncate(self.metrics, size)
+        self.world.first(cut)
+        return step, seconds, loss
 
 
 class Log:
-    """A line of metrics.jsonl for every step. The values stay on the device until flush(): only there is it waited for."""
+    """A line of metrics.jsonl for every step. Values stay on the device until flush(): only there is it waited for."""
 
-    def __init__(self, s, world, folder, sequences):
-        self.s, self.world, self.folder, self.pending = s, world, folder, []
+    def __init__(self, s, folder, sequences):
+        self.s, self.folder, self.world, self.pending = s, folder, folder.world, []
         self.tokens_per_step = s.batch_size * sequences.seq_len  # padding included, as the paper counts
-        self.limit = 2 * math.log(sequences.vocab_size)  # ours: a run has diverged at twice the loss of a uniform guess
+        self.limit = 2 * math.log(sequences.vocab_size)  # ours: diverged is twice the loss of a uniform guess
 
     def add(self, lr, values):
         self.pending.append((lr, values))
 
-    def flush(self, step, mark):
-        """Write the lines up to `step`, begun at time `mark`. Returns the seconds they took, and the step that diverged."""
+    def flush(self, step, began):
+        """Write the lines up to `step`, which began at perf_counter() `began`. Returns their seconds, and the step at
+        which the run diverged or None."""
         names = list(self.pending[0][1])
         table = torch.stack([torch.stack(list(values.values())) for _, values in self.pending])  # [steps, names]
         table[:, 0] = self.world.sum(table[:, 0].clone())  # train_loss: each rank has its part of the sum
         rows = table.tolist()
-        seconds = time.time() - mark
+        seconds = time.perf_counter() - began
         speed = len(rows) * self.tokens_per_step / seconds
         lines, diverged = [], None
         for number, ((lr, _), row) in enumerate(zip(self.pending, rows), step - len(rows) + 1):
@@ -176,29 +206,33 @@ class Log:
                 diverged = number
                 break
         self.pending = []
-        last = lines[-1]
-        clips = [f"{last['clipped_' + what]:.0%} of {what}" for what in ("tensors", "rows") if "clipped_" + what in last]
-        text = (f"{self.head(last['step'])}  loss {last['train_loss']:.4f}  lr {last['lr']:<8.3g}  gradient "
-                f"{last['grad_norm']:<8.2g}  {speed:,.0f} tok/s  {'clipped ' + ', '.join(clips) + '  ' if clips else ''}"
-                f"{clock((self.s.steps - step) * self.tokens_per_step / speed)} left")
-        self.write(lines, text if step % self.s.log_every == 0 or diverged else None)
+        self.folder.append(lines)
+        if step % self.s.log_every == 0 or diverged:
+            self.show(lines[-1], speed)
         return seconds, diverged
 
+    def show(self, line, speed):
+        clips = [f"{line[k]:.0%} of {k[8:]}" for k in ("clipped_tensors", "clipped_rows") if k in line]
+        left = (self.s.steps - line["step"]) * self.tokens_per_step / speed
+        self.say(f"{self.head(line['step'])}  loss {line['train_loss']:.4f}  lr {line['lr']:<8.3g}  "
+                 f"gradient {line['grad_norm']:<8.2g}  {speed:,.0f} tok/s  "
+                 f"{'clipped ' + ', '.join(clips) + '  ' if clips else ''}{clock(left)} left")
+
     def evaluation(self, step, loss, tokens):
-        self.write([{"step": step, "val_loss": loss, "val_tokens": tokens}], f"{self.head(step)}  validation loss {loss:.4f}")
+        self.folder.append([{"step": step, "val_loss": loss, "val_tokens": tokens}])
+        self.say(f"{self.head(step)}  validation loss {loss:.4f}")
 
     def final(self, status, step, loss, seconds):
-        self.write([{"final": True, "status": status, "step": step, "val_loss": loss, "seconds": round(seconds, 1)}],
-                   f"{status} at step {step} after {clock(seconds)}" + (f", validation loss {loss:.4f}" if loss else ""))
+        self.folder.append([{"final": True, "status": status, "step": step, "val_loss": loss,
+                             "seconds": round(seconds, 1)}])
+        self.say(f"{status} at step {step} after {clock(seconds)}" + (f", validation loss {loss:.4f}" if loss else ""))
 
     def head(self, step):
         return f"step {step:>{len(str(self.s.steps))}}/{self.s.steps}"
 
-    def write(self, lines, text):
+    def say(self, text):
         if self.world.rank == 0:
-            self.folder.append(lines)
-            if text:
-                print(text, flush=True)
+            print(text, flush=True)
 
 
 def clock(seconds):
@@ -208,8 +242,8 @@ def clock(seconds):
 def describe(settings, world):
     """What config.json says of this run beside its identity: enough to repeat it."""
     try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True,
-                                text=True).stdout.strip()
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, text=True,
+                                capture_output=True).stdout.strip()
     except OSError:  # no git here
         commit = ""
     cpuinfo = Path("/proc/cpuinfo")

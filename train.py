@@ -1,13 +1,13 @@
 """One training run.
 
-    a CPU       python train.py --data=data/python --optimizer=clipped_sgd --lr=100 --out=runs/first
-    one GPU     python train.py --model=130m --data=data/c4 --batch_size=2048 --micro_batch=128 --steps=5000 --out=runs/130m
-    eight       torchrun --standalone --nproc_per_node=8 train.py --model=130m ... (the same settings)
-    two nodes   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_id=1 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ...
+    a CPU      python train.py --data=data/python --optimizer=clipped_sgd --lr=100 --out=runs/first
+    one GPU    python train.py --model=130m --data=data/c4 --batch_size=2048 --micro_batch=64 --steps=5000 --out=runs/130m
+    eight      torchrun --standalone --nproc_per_node=8 train.py ... (the same settings)
+    two nodes  torchrun --nnodes=2 --nproc_per_node=8 --rdzv_id=1 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ...
 
-The world size and --micro_batch change the speed, never the batches: the losses stay the same to rounding. Started again
-with the same settings, a run goes on from its last checkpoint, on a CPU bit for bit as if it had never stopped. SIGTERM
-and Ctrl-C save first. OUT (on a disk that all nodes share) gets config.json, metrics.jsonl and ckpt.pt.
+The world size and --micro_batch change the speed, never the batches: the losses stay the same to rounding. Started
+again with the same settings, a run goes on from its last checkpoint, on a CPU bit for bit as if it had never stopped.
+SIGTERM and Ctrl-C save first. OUT (on a disk that all nodes share) gets config.json, metrics.jsonl and ckpt.pt.
 """
 import argparse
 import contextlib
@@ -39,10 +39,10 @@ class Settings:
     model: str = "nano"                # nano, 60m, 130m, 350m or 1b; the vocabulary is the data's
     seed: int = 42                     # of the initial weights and of the order of the data
     optimizer: str = "clipped_sgd"     # clipped_sgd, sgd or adamw
-    lr: float | None = None            # peak learning rate; none: the optimizer's own in LRS
+    lr: float = 100.0                  # peak learning rate; to be given for sgd and adamw, whose scales are others
     momentum: float = 0.9              # clipped_sgd, sgd: beta of the moving average of the gradient
-    token_clip: float | None = 1e-3    # clipped_sgd: largest L2 norm of a row of lm_head's momentum, gradient units; or none
-    update_clip: float | None = 5e-4   # clipped_sgd: largest RMS of a tensor's update, weight units; or none
+    token_clip: float | None = 1e-3    # clipped_sgd: largest norm of a row of lm_head's momentum, gradient units, or none
+    update_clip: float | None = 5e-4   # clipped_sgd: largest RMS of a tensor's update, weight units, or none
     beta1: float = 0.9                 # adamw
     beta2: float = 0.95                # adamw
     weight_decay: float = 0.0          # adamw: decoupled, times lr
@@ -61,7 +61,6 @@ class Settings:
     device: str = "auto"               # cpu or cuda; auto: cuda if there is one
 
 
-LRS = {"clipped_sgd": 100.0, "sgd": 1.0, "adamw": 3e-3}  # best at nano on data/python: `make lr`
 USES = {"clipped_sgd": ("momentum", "token_clip", "update_clip"), "sgd": ("momentum",),
         "adamw": ("beta1", "beta2", "weight_decay")}
 ELSEWHERE = ("out", "data", "micro_batch", "log_every", "save_every", "compile", "device")  # may change on resume
@@ -106,17 +105,17 @@ def parse(argv):
         for name in names:
             need(name not in given or name in USES[s.optimizer],
                  f"--{name} does nothing for --optimizer={s.optimizer}: drop it, or use {optimizer}")
-    s.lr = LRS[s.optimizer] if s.lr is None else s.lr
+    need("lr" in given or s.optimizer == "clipped_sgd", f"--lr is missing: --optimizer={s.optimizer} has no default")
     for name in ("lr", "token_clip", "update_clip", "grad_clip", "batch_size", "micro_batch", "steps", "eval_every",
                  "eval_tokens", "log_every", "save_every"):
         value = getattr(s, name)
         need(value is None or 0 < value < math.inf, f"--{name}={value}: it must be above 0")
     for name in ("momentum", "beta1", "beta2"):
         need(0 <= getattr(s, name) < 1, f"--{name}={getattr(s, name)}: it must be at least 0 and below 1")
-    need(0 <= s.warmup <= 1, f"--warmup={s.warmup}: it is a fraction of the steps, from 0 to 1; a longer one never ends")
+    need(0 <= s.warmup <= 1, f"--warmup={s.warmup}: it is a fraction of the steps, from 0 to 1, not longer than the run")
     need(0 <= s.min_lr <= 1, f"--min_lr={s.min_lr}: it is a fraction of the peak, from 0 to 1")
     need(s.weight_decay >= 0, f"--weight_decay={s.weight_decay}: it must be at least 0")
-    need(s.seed >= 0, f"--seed={s.seed}: it must be at least 0")
+    need(0 <= s.seed < 2**63, f"--seed={s.seed}: it must be at least 0 and below 2^63")
     need(s.dtype in ("auto", "float32", "bfloat16"), f"--dtype={s.dtype}: choose auto, float32 or bfloat16")
     need(s.device in ("auto", "cpu", "cuda"), f"--device={s.device}: choose auto, cpu or cuda")
     need(s.device != "cuda" or torch.cuda.is_available(), "--device=cuda: PyTorch sees no GPU here; use --device=cpu")
@@ -134,12 +133,10 @@ def learning_rate(s, step):
     return s.lr * (s.min_lr + (1 - s.min_lr) * 0.5 * (1 + math.cos(math.pi * share)))
 
 
-def can_compile(device):
-    """torch.compile on a CPU needs a C++ compiler and Python's headers: try, rather than guess."""
-    if device.type == "cuda":
-        return True
+def compiles(device):
+    """Whether torch.compile works here. It needs a compiler, Python's headers and, on a GPU, Triton: try, don't guess."""
     try:
-        torch.compile(lambda x: x + 1)(torch.zeros(8))
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
         return True
     except Exception:
         return False
@@ -147,8 +144,8 @@ def can_compile(device):
 
 @torch.no_grad()
 def evaluate(model, sequences, tokens, rows, world):
-    """Validation loss in nats, in fp32, and its number of targets: the sum of the token losses of a fixed set over their
-    number, on all ranks; `rows` sequences at a time."""
+    """Validation loss in nats, in fp32, and the number of its targets: the sum of the token losses of a fixed set over
+    their number, on all ranks; `rows` sequences at a time."""
     total = torch.zeros(2, dtype=torch.float64, device=world.device)  # losses, targets
     for x, y in eval_blocks(sequences, tokens, rows, world.rank, world.size):
         x, y = x.to(world.device), y.to(world.device)
@@ -157,17 +154,22 @@ def evaluate(model, sequences, tokens, rows, world):
     return loss / count, int(count)
 
 
+def open_data(s):
+    """The training batches and the validation sequences, after a look at one of each."""
+    batches, valid = Batches(Sequences(s.data, "train"), s.batch_size, s.seed), Sequences(s.data, "val")
+    batches(0), next(eval_blocks(valid, 1, 1))
+    return batches, valid
+
+
 def train(s):
     world = World(s.device)
-    device, master = world.device, world.rank == 0
-
-    def say(text):
-        if master:
-            print(text, flush=True)
+    device = world.device
+    if s.dtype == "auto":
+        s.dtype = "bfloat16" if device.type == "cuda" else "float32"
 
     # batches, and how a batch falls on processes and micro-batches
-    sequences, valid = Sequences(s.data, "train"), Sequences(s.data, "val")
-    batches = Batches(sequences, s.batch_size, s.seed)
+    world.first(lambda: open_data(s) and None)
+    batches, valid = open_data(s)
     share, rest = divmod(s.batch_size, world.size)
     if rest:
         raise UserError(f"--batch_size={s.batch_size} does not divide among {world.size} processes: choose a multiple", 2)
@@ -178,43 +180,39 @@ def train(s):
 
     # model and optimizer; the weights are drawn on the CPU, so that a seed means the same everywhere
     torch.manual_seed(s.seed)
-    model = LLaMA(Config.named(s.model, sequences.vocab_size)).to(device)
+    model = LLaMA(Config.named(s.model, valid.vocab_size)).to(device)
     optimizer = optim.build(s.optimizer, model, s.lr, **{name: getattr(s, name) for name in USES[s.optimizer]})
     optimizer.report = True
     parameters = list(model.parameters())
 
-    # the folder: refuse another run's, stop if this one is finished, else go on where it stopped
+    # the folder: refuse another run's, leave a finished one alone, else go on where it stopped
     data_sha256 = hashlib.sha256((Path(s.data) / "meta.json").read_bytes()).hexdigest()
     identity = {k: v for k, v in asdict(s).items() if k not in ELSEWHERE} | {"data_sha256": data_sha256}
-    folder = Folder(s.out, identity)
-    final = world.first(lambda: folder.claim(describe(s, world)))
-    if final:
-        return say(f"{s.out} is finished: {final['status']}, validation loss {final['val_loss']}")
-    start, seconds, size, loss = folder.load(model, optimizer)
-    if master and folder.metrics.exists():
-        os.truncate(folder.metrics, size)  # what came after the checkpoint is done again
+    folder = Folder(s.out, identity, world)
+    log = Log(s, folder, valid)
+    if final := folder.claim(describe(s, world)):
+        return log.say(f"{s.out} is finished: {final['status']}, validation loss {final['val_loss']}")
+    start, seconds, loss = folder.load(model, optimizer)
 
-    compiled = s.compile and can_compile(device)
+    compiled = s.compile and not world.any(not compiles(device))
     if s.compile and not compiled:
-        say("torch.compile does not work here (it needs a C++ compiler and Python's headers): running eagerly, slower")
+        log.say("torch.compile does not work here (it needs a C++ compiler and Python's headers): running eagerly, slower")
     if compiled:
         model.compile()
     replica = model
     if world.size > 1:
         replica = DDP(model, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
-    bf16 = s.dtype == "bfloat16" or s.dtype == "auto" and device.type == "cuda"
-    say(f"{s.model}, {sum(p.numel() for p in parameters):,} parameters; {s.optimizer}, lr {s.lr:g}; {s.steps} steps of "
-        f"{s.batch_size} x {sequences.seq_len} tokens, {s.steps / batches.per_epoch:.2f} epochs; {world.size} x {device.type}, "
-        f"{'bfloat16' if bf16 else 'float32'}, {'compiled' if compiled else 'eager'}" + f"; from step {start}" * (start > 0))
+    log.say(f"{s.model}, {sum(p.numel() for p in parameters):,} parameters; {s.optimizer}, lr {s.lr:g}; {s.steps} steps of "
+            f"{s.batch_size} x {valid.seq_len} tokens, {s.steps / batches.per_epoch:.2f} epochs; {world.size} x "
+            f"{device.type}, {s.dtype}, {'compiled' if compiled else 'eager'}{f'; from step {start}' if start else ''}")
 
     stop = []  # the signal that came: finish the step, save, leave; a second one ends the run at once
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda n, frame: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
 
-    log = Log(s, world, folder, sequences)
     if start == 0:
         log.evaluation(0, *evaluate(model, valid, s.eval_tokens, rows, world))
-    mark = time.time()
+    began = time.perf_counter()
     for step in range(start, s.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(s, step)
@@ -227,7 +225,7 @@ def train(s):
         for i in range(0, share, rows):
             quiet = replica.no_sync() if world.size > 1 and i + rows < share else contextlib.nullcontext()
             with quiet:
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                with torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bfloat16"):
                     part = replica(x[i:i + rows], y[i:i + rows]) / targets
                 (part * world.size).backward()
             total += part.detach()
@@ -246,18 +244,19 @@ def train(s):
         last, leave = step == s.steps, world.any(bool(stop))
         to_eval, to_save = last or step % s.eval_every == 0, last or leave or step % s.save_every == 0
         if to_eval or to_save or step % s.log_every == 0:
-            spent, diverged = log.flush(step, mark)
+            spent, diverged = log.flush(step, began)
             seconds += spent
-            if diverged:
-                return log.final("diverged", diverged, None, seconds)
-            if to_eval:
+            if to_eval and not diverged:
                 loss, tokens = evaluate(model, valid, s.eval_tokens, rows, world)
                 log.evaluation(step, loss, tokens)
-            if to_save and master:
+                diverged = None if math.isfinite(loss) else step
+            if diverged:
+                return log.final("diverged", diverged, None, seconds)
+            if to_save:
                 folder.save(step, seconds, loss, model, optimizer)
-            mark = time.time()
+            began = time.perf_counter()
         if leave and not last:
-            say(f"stopped by a signal after step {step}, saved in {s.out}: the same command goes on from here")
+            log.say(f"stopped by a signal after step {step}, saved in {s.out}: the same command goes on from here")
             sys.exit(128 + (stop or [signal.SIGTERM])[0])
     log.final("done", s.steps, loss, seconds)
 
@@ -266,12 +265,11 @@ def main():
     try:
         train(parse(sys.argv[1:]))
     except (UserError, DataError) as e:
-        if int(os.environ.get("RANK", 0)) == 0 or isinstance(e, DataError):
+        if isinstance(e, DataError) or int(os.environ.get("RANK", 0)) == 0:  # a UserError is the same on every rank
             print(f"train.py: {e}", file=sys.stderr)
         sys.exit(getattr(e, "status", 1))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -106,7 +106,9 @@ def test_bad_directories_are_named(numbers, tmp_path):
         Sequences(tmp_path / "none", "train")
     meta = json.loads((numbers / "meta.json").read_text())
     for change, words in (({"complete": False}, "again to finish"), ({"layout": "heap"}, "heap"), ({"vocab_size": 70000}, "70000"),
-                          ({"seq_len": "many"}, "broken"), ({"shards": {"train": 3, "val": 1}}, "has 2 train_")):
+                          ({"seq_len": "many"}, "seq_len"), ({"vocab_size": "4096"}, "vocab_size"), ({"pad_id": None}, "pad_id"),
+                          ({"shards": 2}, "shards"), ({"shards": {"val": 1}}, "says None"),
+                          ({"shards": {"train": 3, "val": 1}}, "has 2 train_")):
         (numbers / "meta.json").write_text(json.dumps({**meta, **change}))
         with pytest.raises(DataError, match=words):
             Sequences(numbers, "train")

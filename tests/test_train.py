@@ -144,6 +144,11 @@ def test_a_diverged_run_is_a_result(stream, tmp_path, capsys):
     assert "is finished: diverged" in capsys.readouterr().out and metrics(tmp_path) == lines
 
 
+def test_weights_that_are_not_finite_at_the_end_are_no_result(stream, tmp_path):
+    here(data=stream, out=tmp_path, optimizer="sgd", lr=1e30, steps=1, warmup=0)
+    assert metrics(tmp_path)[-1] == {"final": True, "status": "diverged", "step": 1, "val_loss": None}
+
+
 def test_bf16_and_compile(stream, tmp_path, whole):
     here(data=stream, out=tmp_path / "bf16", dtype="bfloat16")
     close(tmp_path / "bf16", whole, rel=0.02)
@@ -235,10 +240,11 @@ def test_a_full_disk_keeps_the_old_checkpoint(stream, tmp_path):
 @pytest.mark.parametrize("words, expected", [
     (["--learning_rate=1"], ["--learning_rate", "--help"]), (["7"], ["7"]), (["--lr"], ["--lr", "expected one argument"]),
     (["--lr=fast"], ["--lr", "invalid number", "fast"]), (["--steps=1e3"], ["--steps", "invalid whole number"]), (["--compile=yes"], ["--compile", "true or false"]),
-    (["--lr=0"], ["--lr", "above 0"]), (["--lr=-1"], ["--lr", "above 0"]), (["--lr=nan"], ["--lr"]), (["--lr=none", "--steps=0"], ["--steps"]),
+    (["--lr=0"], ["--lr", "above 0"]), (["--lr=-1"], ["--lr", "above 0"]), (["--lr=nan"], ["--lr"]), (["--lr=1", "--steps=0"], ["--steps"]),
     (["--warmup=1.5"], ["--warmup", "fraction"]), (["--warmup=50"], ["--warmup", "fraction"]), (["--momentum=1"], ["--momentum"]),
     (["--model=7b"], ["7b", "130m"]), (["--optimizer=lion"], ["lion", "adamw"]), (["--out="], ["--out"]), (["--dtype=fp8"], ["fp8"]),
-    (["--optimizer=adamw", "--token_clip=1"], ["--token_clip", "adamw"]), (["--seed=-1"], ["--seed"]),
+    (["--optimizer=adamw", "--lr=1", "--token_clip=1"], ["--token_clip", "adamw"]), (["--seed=-1"], ["--seed"]),
+    (["--optimizer=sgd"], ["--lr is missing"]), (["--seed=36893488147419103232"], ["--seed"]),
     (["--batch_size=8", "--micro_batch=3"], ["--micro_batch=3", "8"]), (["--batch_size=100000"], ["100000"]),
     (["--device=cuda"], ["--device", "cpu"])])
 def test_bad_settings(words, expected, stream, tmp_path, monkeypatch, capsys):
@@ -283,20 +289,28 @@ def test_another_runs_folder_is_refused_and_not_touched(whole, stream, rows, tmp
     assert before == {p.name: p.read_bytes() for p in whole.iterdir()}
     (tmp_path / "thesis.txt").write_text("x")
     refuse(capsys, monkeypatch, tmp_path, "other files", data=stream, out=tmp_path)
-    refuse(capsys, monkeypatch, "is a file", data=stream, out=tmp_path / "thesis.txt")
+    for out in (tmp_path / "thesis.txt", tmp_path / "thesis.txt" / "run"):
+        refuse(capsys, monkeypatch, out, "choose another", data=stream, out=out)
+    for config in ("{", "[1]", '{"architectures": ["LlamaForCausalLM"]}'):
+        (tmp_path / "model").mkdir(exist_ok=True)
+        (tmp_path / "model" / "config.json").write_text(config)
+        refuse(capsys, monkeypatch, "config.json", "choose another --out", data=stream, out=tmp_path / "model")
 
 
 def test_a_bad_checkpoint_is_refused(whole, stream, tmp_path, capsys, monkeypatch):
     out = tmp_path / "run"
     shutil.copytree(whole, out)
-    (out / "metrics.jsonl").unlink()  # as if not finished
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(lines[:3]))
+    refuse(capsys, monkeypatch, "metrics.jsonl is shorter", data=stream, out=out)
+    (out / "metrics.jsonl").write_text("".join(lines[:-1]))  # as if not finished
     good = (out / "ckpt.pt").read_bytes()
     for bad in (good[:len(good) // 2], b"", b"not a checkpoint"):
         (out / "ckpt.pt").write_bytes(bad)
         refuse(capsys, monkeypatch, "ckpt.pt", "damaged", data=stream, out=out)
         assert (out / "ckpt.pt").read_bytes() == bad
     torch.save({"weights": torch.zeros(3)}, out / "ckpt.pt")
-    refuse(capsys, monkeypatch, "ckpt.pt", "no checkpoint of train.py", data=stream, out=out)
+    refuse(capsys, monkeypatch, "ckpt.pt", "not of a run of train.py", data=stream, out=out)
     state = torch.load(whole / "ckpt.pt", weights_only=True)
     torch.save({**state, "identity": {**state["identity"], "lr": 5.0}}, out / "ckpt.pt")
     refuse(capsys, monkeypatch, "ckpt.pt", "lr=5.0", data=stream, out=out)
