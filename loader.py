@@ -94,7 +94,7 @@ class Sequences:
             piece = self.shards[k][start:start + T + (not self.rows)]
             if piece.max() >= self.vocab_size:
                 raise DataError(f"{self.paths[k]}: token {piece.max()} near position {start} is not below meta.json's "
-                                f"vocab_size {self.vocab_size}: the shard is another tokenizer's; prepare the data again")
+                                f"vocab_size {self.vocab_size}: the shard is another tokenizer's; prepare it again")
             out[:len(piece)] = piece
         window = window.astype(np.int64)
         inputs, targets = window[:, :-1], window[:, 1:].copy()
@@ -134,7 +134,7 @@ class Batches:
         mine = slice(rank * len(numbers) // world, (rank + 1) * len(numbers) // world)
         if not self.sequences.rows:
             return *self.sequences[numbers[mine]], self.batch_size * self.sequences.seq_len
-        inputs, targets = self.sequences[numbers]  # all of it, to count the targets: cheaper than to ask the other ranks
+        inputs, targets = self.sequences[numbers]  # all of it, to count the targets: no need to ask the other ranks
         return inputs[mine], targets[mine], int((targets != IGNORE).sum())
 
 

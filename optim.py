@@ -92,7 +92,7 @@ class ClippedSGD(torch.optim.Optimizer):
                 raise ValueError(f"{name} must be above 0, not {group[name]}; None switches it off")
         super().add_param_group(param_group)
         if group["token_clip"] is not None and any(p.dim() != 2 for p in self.param_groups[-1]["params"]):
-            raise ValueError("token_clip needs 2-D parameters, a row for each token: set it on the output layer's group")
+            raise ValueError("token_clip needs 2-D parameters, a row a token: set it on the output layer's group")
 
     @torch.no_grad()
     def step(self, closure=None):

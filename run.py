@@ -17,7 +17,7 @@ from loader import DataError
 
 
 class UserError(Exception):
-    """One line for the user: what is wrong, where, and the remedy; raised on every rank. `status` is the exit status."""
+    """One line for the user: what is wrong, where, the remedy; raised on every rank. `status` is the exit status."""
 
     def __init__(self, message, status=1):
         super().__init__(message)
@@ -143,8 +143,8 @@ class Folder:
             with open(self.metrics, "ab") as f:
                 os.fsync(f.fileno())
                 size = f.tell()
-            state = {"identity": self.identity, "step": step, "seconds": seconds, "metrics_bytes": size, "val_loss": loss,
-                     "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            state = {"identity": self.identity, "step": step, "seconds": seconds, "metrics_bytes": size,
+                     "val_loss": loss, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
             self.write(self.ckpt, lambda f: torch.save(state, f))
         self.world.first(write)
 

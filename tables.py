@@ -23,17 +23,19 @@ SCALES = {"nano": {"model": "nano", "batch_size": 64, "steps": 200, "eval_every"
 
 # The grids go in steps of sqrt(10); `best` is the best of the grid at nano on data/python, as `make lr` shows.
 METHODS = {
-    "Adam": {"settings": {"optimizer": "adamw"}, "grid": (1e-3, 3.16e-3, 1e-2), "best": 3.16e-3, "line": ("#000000", "-")},
-    "SGD with momentum": {"settings": {"optimizer": "sgd"}, "grid": (0.316, 1.0, 3.16), "best": 1.0, "line": ("#d55e00", ":")},
-    "clipped SGD": {"settings": {"optimizer": "clipped_sgd"}, "grid": (31.6, 100.0, 316.0), "best": 100.0,
-                    "line": ("#0072b2", "--")},
+    "Adam": {"settings": {"optimizer": "adamw"},
+             "grid": (1e-3, 3.16e-3, 1e-2), "best": 3.16e-3, "line": ("#000000", "-")},
+    "SGD with momentum": {"settings": {"optimizer": "sgd"},
+                          "grid": (0.316, 1.0, 3.16), "best": 1.0, "line": ("#d55e00", ":")},
+    "clipped SGD": {"settings": {"optimizer": "clipped_sgd"},
+                    "grid": (31.6, 100.0, 316.0), "best": 100.0, "line": ("#0072b2", "--")},
 }
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
 class Run:
-    """One run of train.py: its settings, and once it is over `final` (its last line), `steps` and `evals` (the rest)."""
+    """One run of train.py: its settings, and once over `final` (its last line), `steps` and `evals` (the rest)."""
 
     def __init__(self, label, settings):
         self.label, self.settings, self.error = label, settings, None
@@ -144,7 +146,8 @@ def lr(args):
         for name, some in runs.items():
             color, dash = METHODS[name]["line"]
             good = [run for run in some if run.loss < math.inf]
-            axes.plot([r.settings["lr"] for r in good], [r.loss for r in good], dash, color=color, marker="o", label=name)
+            axes.plot([r.settings["lr"] for r in good], [r.loss for r in good], dash, color=color, marker="o",
+                      label=name)
             for run in some:
                 if run not in good:
                     axes.plot(run.settings["lr"], 0.97, "x", color=color, transform=axes.get_xaxis_transform())
@@ -206,7 +209,7 @@ def main():
     args, other = parser.parse_known_args()
     args.override = dict(word.removeprefix("--").partition("=")[::2] for word in other)
     if not all(word.startswith("--") and "=" in word for word in other) or {"lr", "out"} & set(args.override):
-        parser.error(f"{' '.join(other)}: settings of train.py are given as --name=value; lr and out are the table's own")
+        parser.error(f"{' '.join(other)}: give train.py's settings as --name=value; lr and out are the table's")
     table, rows, draw, caption, runs = ARTEFACTS[args.name](args)
     publish(args.name, args, table, rows, draw, caption, runs)
     sys.exit(any(run.final is None for run in runs))

@@ -1,9 +1,10 @@
-"""One training run.
+r"""One training run.
 
     a CPU      python train.py --data=data/python --optimizer=clipped_sgd --lr=100 --out=runs/first
-    one GPU    python train.py --model=130m --data=data/c4 --batch_size=2048 --micro_batch=64 --steps=5000 --out=runs/130m
+    one GPU    python train.py --model=130m --data=data/c4 --batch_size=2048 --micro_batch=64 --steps=5000 --out=runs/a
     eight      torchrun --standalone --nproc_per_node=8 train.py ... (the same settings)
-    two nodes  torchrun --nnodes=2 --nproc_per_node=8 --rdzv_id=1 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ...
+    two nodes  torchrun --nnodes=2 --nproc_per_node=8 --rdzv_id=1 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \
+                   train.py ... (on both)
 
 The world size and --micro_batch change the speed, never the batches: the losses stay the same to rounding. Started
 again with the same settings, a run goes on from its last checkpoint, on a CPU bit for bit as if it had never stopped.
@@ -41,8 +42,8 @@ class Settings:
     optimizer: str = "clipped_sgd"     # clipped_sgd, sgd or adamw
     lr: float = 100.0                  # peak learning rate; to be given for sgd and adamw, whose scales are others
     momentum: float = 0.9              # clipped_sgd, sgd: beta of the moving average of the gradient
-    token_clip: float | None = 1e-3    # clipped_sgd: largest norm of a row of lm_head's momentum, gradient units, or none
-    update_clip: float | None = 5e-4   # clipped_sgd: largest RMS of a tensor's update, weight units, or none
+    token_clip: float | None = 1e-3    # clipped_sgd: largest L2 norm of a row of lm_head's momentum, or none
+    update_clip: float | None = 5e-4   # clipped_sgd: largest RMS of a tensor's update (weight units), or none
     beta1: float = 0.9                 # adamw
     beta2: float = 0.95                # adamw
     weight_decay: float = 0.0          # adamw: decoupled, times lr
@@ -112,7 +113,7 @@ def parse(argv):
         need(value is None or 0 < value < math.inf, f"--{name}={value}: it must be above 0")
     for name in ("momentum", "beta1", "beta2"):
         need(0 <= getattr(s, name) < 1, f"--{name}={getattr(s, name)}: it must be at least 0 and below 1")
-    need(0 <= s.warmup <= 1, f"--warmup={s.warmup}: it is a fraction of the steps, from 0 to 1, not longer than the run")
+    need(0 <= s.warmup <= 1, f"--warmup={s.warmup}: it is a fraction of the run, from 0 to 1, not longer")
     need(0 <= s.min_lr <= 1, f"--min_lr={s.min_lr}: it is a fraction of the peak, from 0 to 1")
     need(s.weight_decay >= 0, f"--weight_decay={s.weight_decay}: it must be at least 0")
     need(0 <= s.seed < 2**63, f"--seed={s.seed}: it must be at least 0 and below 2^63")
@@ -134,7 +135,7 @@ def learning_rate(s, step):
 
 
 def compiles(device):
-    """Whether torch.compile works here. It needs a compiler, Python's headers and, on a GPU, Triton: try, don't guess."""
+    """Whether torch.compile works here: it needs a compiler, Python's headers, on a GPU Triton. Try, don't guess."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
         return True
@@ -172,11 +173,12 @@ def train(s):
     batches, valid = open_data(s)
     share, rest = divmod(s.batch_size, world.size)
     if rest:
-        raise UserError(f"--batch_size={s.batch_size} does not divide among {world.size} processes: choose a multiple", 2)
+        raise UserError(f"--batch_size={s.batch_size} does not divide among {world.size} processes: choose a multiple",
+                        status=2)
     rows = s.micro_batch or share
     if share % rows:
         raise UserError(f"--micro_batch={rows} does not divide the {share} sequences of a process (--batch_size="
-                        f"{s.batch_size} over {world.size}): choose a divisor", 2)
+                        f"{s.batch_size} over {world.size}): choose a divisor", status=2)
 
     # model and optimizer; the weights are drawn on the CPU, so that a seed means the same everywhere
     torch.manual_seed(s.seed)
@@ -196,14 +198,14 @@ def train(s):
 
     compiled = s.compile and not world.any(not compiles(device))
     if s.compile and not compiled:
-        log.say("torch.compile does not work here (it needs a C++ compiler and Python's headers): running eagerly, slower")
+        log.say("torch.compile does not work here (it needs a C++ compiler and Python's headers): running eagerly")
     if compiled:
         model.compile()
     replica = model
     if world.size > 1:
         replica = DDP(model, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
-    log.say(f"{s.model}, {sum(p.numel() for p in parameters):,} parameters; {s.optimizer}, lr {s.lr:g}; {s.steps} steps of "
-            f"{s.batch_size} x {valid.seq_len} tokens, {s.steps / batches.per_epoch:.2f} epochs; {world.size} x "
+    log.say(f"{s.model}, {sum(p.numel() for p in parameters):,} parameters; {s.optimizer}, lr {s.lr:g}; {s.steps} "
+            f"steps of {s.batch_size} x {valid.seq_len} tokens, {s.steps / batches.per_epoch:.2f} epochs; {world.size} x "
             f"{device.type}, {s.dtype}, {'compiled' if compiled else 'eager'}{f'; from step {start}' if start else ''}")
 
     stop = []  # the signal that came: finish the step, save, leave; a second one ends the run at once

@@ -90,15 +90,15 @@ def json_text(path, number, line):
 
 
 def python_files(limit):
-    """Python's standard library, up to `limit` characters, without its tests and what differs from one build to the next:
-    in the order of the hashes of the paths, so that the cap takes from all of it alike."""
+    """Python's standard library, up to `limit` characters, without its tests and what differs from build to build: in
+    the order of the hashes of the paths, so that the cap takes from all of it alike."""
     root = Path(sysconfig.get_path("stdlib"))
     skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3"}
     paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")
              if not skip & set(path.relative_to(root).parts) and path.is_file() and not path.is_symlink()
              and not path.name.startswith("_sysconfig") and not path.parent.name.startswith("config-")}
     if not paths:
-        fail(f"no Python source in {root}: use a Python with its standard library, or `prepare.py files` with other text")
+        fail(f"no Python source in {root}: use a Python that has it, or `prepare.py files` with other text")
     for name in sorted(paths, key=lambda n: hashlib.sha256(n.encode()).digest()):
         text = paths[name].read_text(encoding="utf-8", errors="replace")
         limit -= len(text)
@@ -145,8 +145,13 @@ def check_gzip(path):
         return f"not a valid gzip file ({e})"
 
 
+def file_sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
 def check_t5(path):
-    if hashlib.sha256(path.read_bytes()).hexdigest() != T5_SHA256:
+    if file_sha256(path) != T5_SHA256:
         return "not T5's spiece.model (its sha256 differs)"
 
 
@@ -379,7 +384,7 @@ def begin(args, settings):
         except (ValueError, KeyError, TypeError):
             fail(f"{meta} is broken, or not of prepare.py: choose another --out")
         if not same and (shards or complete):
-            fail(f"{args.out} was prepared with other settings or from other files ({meta}): choose another --out, or delete it")
+            fail(f"{args.out} was prepared with other settings or files ({meta}): choose another --out, or delete it")
         if complete:
             return None
     elif shards:
@@ -407,7 +412,7 @@ def prepare(args):
         for path in args.paths:
             if not path.is_file():
                 fail(f"no file {path}: give .json.gz, .jsonl or .txt files")
-        settings["files"] = [[path.name, hashlib.file_digest(open(path, "rb"), "sha256").hexdigest()] for path in args.paths]
+        settings["files"] = [[path.name, file_sha256(path)] for path in args.paths]
     if args.source == "python":
         settings["python"] = sys.version.split()[0]
     t = begin(args, settings)
@@ -452,8 +457,8 @@ def prepare(args):
     np.save(buffer, counts["train"])
     write(args.out / "token_counts.npy", buffer.getvalue())  # of the training set, for the frequency groups
     write(args.out / "meta.json", json.dumps(meta, indent=1).encode())
-    print(f"{args.out}: {tokens['train']:,} training tokens, {meta['padding_share']:.0%} of them padding; {tokens['val']:,} "
-          f"for validation; vocabulary {vocab_size:,}")
+    print(f"{args.out}: {tokens['train']:,} training tokens, {meta['padding_share']:.0%} of them padding; "
+          f"{tokens['val']:,} for validation; vocabulary {vocab_size:,}")
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
@@ -512,7 +517,7 @@ def main():
         if source == "files":
             p.add_argument("paths", type=Path, nargs="+", metavar="FILE", help=".json, .jsonl or .txt, or gzip'd")
         if source == "python":
-            p.add_argument("--max_chars", type=number(int, 1, 1e12), default=10_000_000, help="cap on the text, in characters")
+            p.add_argument("--max_chars", type=number(int, 1, 1e12), default=10_000_000, help="cap on the text")
     args = top.parse_args()
     args.downloads = args.downloads or args.out / "downloads"
     try:

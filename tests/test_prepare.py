@@ -1,16 +1,19 @@
 import gzip
 import hashlib
 import http.server
+import importlib.util
 import json
 import os
 import re
+import sys
 import threading
 
 import numpy as np
 import pytest
 import sentencepiece
+import tiktoken
 
-from conftest import documents, one_line, prepare, write_jsonl
+from conftest import ROOT, documents, one_line, prepare, write_jsonl
 from loader import open_shard
 
 
@@ -134,6 +137,28 @@ def test_bad_settings_are_one_line(tmp_path, text, words, expected):
 def test_gpt2_without_network_is_one_line(tmp_path, text):
     env = {**os.environ, "TIKTOKEN_CACHE_DIR": str(tmp_path / "cache"), "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
     one_line(prepare("files", text, f"--out={tmp_path / 'out'}", "--tokenizer=gpt2", env=env), "gpt2", "TIKTOKEN_CACHE_DIR")
+
+
+@pytest.mark.parametrize("layout", ["stream", "rows"])
+def test_gpt2_gets_a_piece_for_padding_where_it_needs_one(tmp_path, text, layout, monkeypatch):
+    spec = importlib.util.spec_from_file_location("prepare", ROOT / "data" / "prepare.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    encoding = tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks={bytes([i]): i for i in range(256)},
+                                 special_tokens={"<|endoftext|>": 256})  # GPT-2's form, without its 50,000 merges
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "files", str(text), f"--out={tmp_path}", "--tokenizer=gpt2",
+                                      f"--layout={layout}", "--seq_len=64"])
+    module.main()
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    train = [t.encode() for t in documents() if not is_val(t)]
+    if layout == "rows":
+        assert (meta["vocab_size"], meta["pad_id"], meta["eos_id"], meta["tokenizer"]) == (258, 257, 256, "gpt2")
+        assert np.array(tokens(tmp_path, "train")).reshape(-1, 64).tolist() == \
+            [[*t[:63], 256] + [257] * (63 - len(t[:63])) for t in train]
+    else:
+        assert meta["vocab_size"] == 257
+        assert [bytes(ids) for ids in split_documents(tokens(tmp_path, "train"), 256)] == train
 
 
 # ---- downloads: a real server that misbehaves -----------------------------------------------------------------------

@@ -181,18 +181,19 @@ def wait_for(out, step, process):
     raise TimeoutError
 
 
-@pytest.mark.parametrize("optimizer, kills", [("clipped_sgd", 2), ("adamw", 1)])
+@pytest.mark.parametrize("optimizer, kills", [("clipped_sgd", (0, 13)), ("adamw", ("random",))])
 def test_killed_runs_end_as_if_never_killed(optimizer, kills, stream, tmp_path):
+    """Killed in its first evaluation, in the middle, or anywhere; 0 is the line that the first evaluation writes."""
     words = dict(data=stream, optimizer=optimizer, lr=1e-2, steps=24, eval_every=7, save_every=5, log_every=1)
     never = launch(*settings(out=tmp_path / "never", **words))
-    out, hits = tmp_path / "killed", 0
-    for step in sorted(random.sample(range(2, 22), kills)):
+    out = tmp_path / "killed"
+    for step in kills:
         process = launch(*settings(out=out, **words))
+        step = random.randrange(20) if step == "random" else step
+        print("killed after step", step)
         wait_for(out, step, process)
-        time.sleep(random.random() * 0.1)
         process.kill()
-        hits += result(process).returncode == -signal.SIGKILL
-    assert hits >= 1
+        assert result(process).returncode == -signal.SIGKILL
     assert run(*settings(out=out, **words)).returncode == 0 == result(never).returncode
     assert metrics(out) == metrics(tmp_path / "never")
     same_model(out, tmp_path / "never")
