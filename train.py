@@ -205,8 +205,9 @@ def train(s):
     if world.size > 1:
         replica = DDP(model, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     log.say(f"{s.model}, {sum(p.numel() for p in parameters):,} parameters; {s.optimizer}, lr {s.lr:g}; {s.steps} "
-            f"steps of {s.batch_size} x {valid.seq_len} tokens, {s.steps / batches.per_epoch:.2f} epochs; {world.size} x "
-            f"{device.type}, {s.dtype}, {'compiled' if compiled else 'eager'}{f'; from step {start}' if start else ''}")
+            f"steps of {s.batch_size} x {valid.seq_len} tokens, {s.steps / batches.per_epoch:.2f} epochs; "
+            f"{world.size} x {device.type}, {s.dtype}, {'compiled' if compiled else 'eager'}"
+            + (f"; from step {start}" if start else ""))
 
     stop = []  # the signal that came: finish the step, save, leave; a second one ends the run at once
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -270,6 +271,8 @@ def main():
         if isinstance(e, DataError) or int(os.environ.get("RANK", 0)) == 0:  # a UserError is the same on every rank
             print(f"train.py: {e}", file=sys.stderr)
         sys.exit(getattr(e, "status", 1))
+    except torch.OutOfMemoryError:
+        sys.exit("train.py: the GPU's memory is full: lower --micro_batch")
     if dist.is_initialized():
         dist.destroy_process_group()
 
