@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import http.client
 import io
+import itertools
 import json
 import os
 import ssl
@@ -294,7 +295,7 @@ def train_tokenizer(args):
 # ---- shards ---------------------------------------------------------------------------------------------------------
 
 def write(path, data):
-    """All of `data`, or the old file: never half of it."""
+    """All of `data`, or what was there before: never half of it."""
     tmp = path.with_name(path.name + ".tmp")
     with open(tmp, "wb") as f:
         f.write(data)
@@ -337,7 +338,8 @@ class ShardWriter:
                 row[:len(ids)] = ids
             self.file.write(rows.tobytes())
         else:
-            self.file.write(np.fromiter((i for ids in encoded for i in (*ids, t.eos_id)), dtype=np.uint16).tobytes())
+            flat = itertools.chain.from_iterable((*ids, t.eos_id) for ids in encoded)
+            self.file.write(np.fromiter(flat, dtype=np.uint16).tobytes())
         self.texts = []
 
     def abandon(self):
