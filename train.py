@@ -111,6 +111,11 @@ def parse(argv):
                  "eval_tokens", "log_every", "save_every"):
         value = getattr(s, name)
         need(value is None or 0 < value < math.inf, f"--{name}={value}: it must be above 0")
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    need(s.batch_size % size == 0,
+         f"--batch_size={s.batch_size} does not divide among {size} processes: choose a multiple")
+    need(s.batch_size // size % (s.micro_batch or 1) == 0, f"--micro_batch={s.micro_batch} does not divide the "
+         f"{s.batch_size // size} sequences of a process (--batch_size={s.batch_size} over {size}): choose a divisor")
     for name in ("momentum", "beta1", "beta2"):
         need(0 <= getattr(s, name) < 1, f"--{name}={getattr(s, name)}: it must be at least 0 and below 1")
     need(0 <= s.warmup <= 1, f"--warmup={s.warmup}: it is a fraction of the run, from 0 to 1, not longer")
@@ -171,14 +176,8 @@ def train(s):
     # batches, and how a batch falls on processes and micro-batches
     world.first(lambda: open_data(s) and None)
     batches, valid = open_data(s)
-    share, rest = divmod(s.batch_size, world.size)
-    if rest:
-        raise UserError(f"--batch_size={s.batch_size} does not divide among {world.size} processes: choose a multiple",
-                        status=2)
+    share = s.batch_size // world.size
     rows = s.micro_batch or share
-    if share % rows:
-        raise UserError(f"--micro_batch={rows} does not divide the {share} sequences of a process (--batch_size="
-                        f"{s.batch_size} over {world.size}): choose a divisor", status=2)
 
     # model and optimizer; the weights are drawn on the CPU, so that a seed means the same everywhere
     torch.manual_seed(s.seed)
