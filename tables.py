@@ -21,8 +21,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent  # train.py's; runs/ and results/ are in the current folder
 SCALES = {"nano": {"model": "nano", "batch_size": 64, "steps": 200, "eval_every": 40}}
 
-# Each grid goes in steps of sqrt(10) and has its best inside, as `make lr` shows. `lr` is the demo's: for Adam and SGD the
-# best of the grid, for clipped SGD the paper's, though 316 is a little better.
+# Each grid goes in steps of sqrt(10) and has its best inside, as `make lr` shows. `lr` is the demo's: for Adam and SGD
+# the best of the grid, for clipped SGD the paper's, though 316 is a little better.
 METHODS = {
     "Adam": {"settings": {"optimizer": "adamw"},
              "grid": (1e-3, 3.16e-3, 1e-2), "lr": 3.16e-3, "line": ("#000000", "-")},
