@@ -17,7 +17,7 @@ from loader import DataError
 
 
 class UserError(Exception):
-    """One line for the user: what is wrong, where, the remedy; raised on every rank. `status` is the exit status."""
+    """One line for the user: what is wrong, where, and the remedy. `status` is the exit status, 2 for bad settings."""
 
     def __init__(self, message, status=1):
         super().__init__(message)
@@ -51,18 +51,18 @@ class World:
         return tensor
 
     def first(self, function):
-        """function() of rank 0: its result, or its error as a UserError, on every rank."""
+        """What function() returns on rank 0, on every rank. If it fails there, the others leave in silence."""
         if self.size == 1:
             return function()
-        answer = [None, None]
+        answer, error = [None, False], None
         if self.rank == 0:
             try:
                 answer[0] = function()
             except (UserError, DataError) as e:
-                answer[1] = str(e)
+                error, answer[1] = e, True
         dist.broadcast_object_list(answer, group=self.host)
         if answer[1]:
-            raise UserError(answer[1])
+            raise error or SystemExit(1)
         return answer[0]
 
 
@@ -151,20 +151,23 @@ class Folder:
     def load(self, model, optimizer):
         """Restore the checkpoint, if there is one, and cut metrics.jsonl back to it. Returns the steps and seconds done
         so far and the last validation loss."""
-        step, seconds, size, loss = 0, 0.0, 0, None
-        if self.ckpt.exists():
+        def restore():
+            if not self.ckpt.exists():
+                return 0, 0.0, 0, None
             try:
                 state = torch.load(self.ckpt, map_location="cpu", weights_only=True, mmap=True)
                 self.compare(self.ckpt, state)
                 model.load_state_dict(state["model"])
                 optimizer.load_state_dict(state["optimizer"])
-                step, seconds, size, loss = (state[k] for k in ("step", "seconds", "metrics_bytes", "val_loss"))
+                return tuple(state[k] for k in ("step", "seconds", "metrics_bytes", "val_loss"))
             except UserError:
                 raise
             except Exception as e:  # a torn or foreign file fails in many ways, all with this remedy
                 raise UserError(f"{self.ckpt} is damaged or no checkpoint of train.py ({type(e).__name__}): restore it "
                                 f"from a copy, or delete it to start from step 0") from None
-        if self.world.any(step != self.world.first(lambda: step)):
+        found = self.world.first(restore)  # a bad file is said once
+        step, seconds, size, loss = restore() if self.world.rank else found
+        if self.world.any(step != found[0]):
             raise UserError(f"the processes see different {self.ckpt}: put --out on a disk that they share")
 
         def cut():

@@ -267,9 +267,10 @@ def main():
     try:
         train(parse(sys.argv[1:]))
     except (UserError, DataError) as e:
-        if isinstance(e, DataError) or int(os.environ.get("RANK", 0)) == 0:  # a UserError is the same on every rank
+        status = getattr(e, "status", 1)
+        if status != 2 or int(os.environ.get("RANK", 0)) == 0:  # bad settings are the same on every rank
             print(f"train.py: {e}", file=sys.stderr)
-        sys.exit(getattr(e, "status", 1))
+        sys.exit(status)
     except torch.OutOfMemoryError:
         sys.exit("train.py: the GPU's memory is full: lower --micro_batch")
     if dist.is_initialized():
