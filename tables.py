@@ -27,7 +27,7 @@ METHODS = {
     "Adam": {"settings": {"optimizer": "adamw"},
              "grid": (1e-3, 3.16e-3, 1e-2), "lr": 3.16e-3, "line": ("#000000", "-")},
     "SGD with momentum": {"settings": {"optimizer": "sgd"},
-                          "grid": (0.316, 1.0, 3.16), "lr": 1.0, "line": ("#d55e00", ":")},
+                          "grid": (0.316, 1.0, 3.16, 10.0, 31.6), "lr": 1.0, "line": ("#d55e00", ":")},
     "clipped SGD": {"settings": {"optimizer": "clipped_sgd"},
                     "grid": (31.6, 100.0, 316.0, 1000.0), "lr": 100.0, "line": ("#0072b2", "--")},
 }
