@@ -117,8 +117,11 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(c.hidden)
 
     def forward(self, tokens):
-        x = self.embed_tokens(tokens)  # [B, T, hidden]
-        cos, sin = rotary(tokens.shape[1], self.head_dim, tokens.device)
+        return self.body(self.embed_tokens(tokens))
+
+    def body(self, x):
+        """x [B, T, hidden], the embedded tokens -> the normed output of the last layer, [B, T, hidden]."""
+        cos, sin = rotary(x.shape[1], self.head_dim, x.device)
         for layer in self.layers:
             x = layer(x, cos, sin)
         return self.norm(x)
@@ -183,8 +186,9 @@ class LLaMA(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
 
     def compile(self):
-        """torch.compile, in place. The loop over chunks stays outside: unrolled, it would compile for minutes."""
-        self.model.compile()
+        """torch.compile, in place. Two things stay outside: the embedding, since compiled for a CPU its backward adds
+        atomically, in an order that changes from run to run; and the loop over chunks, which would be unrolled."""
+        self.model.body = torch.compile(self.model.body)
         self.chunk_loss = torch.compile(chunk_loss)
 
     def forward(self, tokens, targets=None, chunk=None):
