@@ -15,7 +15,11 @@ lr: $(DATA)  ## the loss against the learning rate, by which the demo's were cho
 	$(PY) tables.py lr --scale=$(SCALE) --data=$(DATA)
 
 test: .venv/installed  ## the tests: two minutes
-	$(PY) -m pytest -q tests
+	@$(MAKE) --no-print-directory -j2 test-runs test-rest
+test-runs:
+	@$(PY) -m pytest -q --disable-warnings tests/test_train.py
+test-rest:
+	@$(PY) -m pytest -q --disable-warnings --ignore=tests/test_train.py tests
 
 data/python: .venv/installed  ## the embedded corpus: the source of Python's own standard library
 	$(PY) data/prepare.py python --out=$@
@@ -26,4 +30,4 @@ data/python: .venv/installed  ## the embedded corpus: the source of Python's own
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.PHONY: help demo lr test data/python
+.PHONY: help demo lr test test-runs test-rest data/python
