@@ -221,18 +221,18 @@ class Tokenizer:
     """A SentencePiece model in memory, or tiktoken's gpt2. encode() takes a list of documents and keeps its order."""
 
     def __init__(self, name, model=None):
-        self.threads = os.cpu_count()
+        threads = os.cpu_count()
         if model is None:
             try:
-                self.tiktoken = tiktoken.get_encoding(name)
+                encoding = tiktoken.get_encoding(name)
             except Exception as e:  # whatever its HTTP library raises
                 fail(f"tiktoken could not get the encoding {name} ({type(e).__name__}): connect once, or set "
                      f"TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer=train:N or a .model file")
-            self.vocab_size, self.eos_id, self.pad_id = self.tiktoken.n_vocab, self.tiktoken.eot_token, -1
-            ranks = self.tiktoken._mergeable_ranks
+            self.vocab_size, self.eos_id, self.pad_id = encoding.n_vocab, encoding.eot_token, -1
+            ranks = encoding._mergeable_ranks
             self.sha256 = hashlib.sha256(b"".join(sorted(ranks, key=ranks.get))).hexdigest()
             self.name = name
-            self.encode = lambda texts: self.tiktoken.encode_ordinary_batch(texts, num_threads=self.threads)
+            self.encode = lambda texts: encoding.encode_ordinary_batch(texts, num_threads=threads)
         else:
             try:
                 sp = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -241,7 +241,7 @@ class Tokenizer:
             self.vocab_size, self.eos_id, self.pad_id = sp.vocab_size(), sp.eos_id(), sp.pad_id()
             self.sha256 = hashlib.sha256(model).hexdigest()
             self.name = "tokenizer.model"
-            self.encode = lambda texts: sp.encode(texts, num_threads=self.threads)
+            self.encode = lambda texts: sp.encode(texts, num_threads=threads)
         if self.eos_id < 0:
             fail(f"{name} has no end-of-sequence piece, which ends each document: choose another tokenizer")
 
