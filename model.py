@@ -67,6 +67,15 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
+def attend(q, k, v):
+    """Causal attention on q, k, v [B, heads, T, head_dim]."""
+    if q.is_cuda or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5  # PyTorch's own is slow in bf16 on a CPU
+    mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    return scores.where(mask, -torch.inf).softmax(-1).to(v.dtype) @ v
+
+
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -80,7 +89,7 @@ class Attention(nn.Module):
         B, T, d = x.shape
         q, k, v = (proj(x).view(B, T, self.heads, -1).transpose(1, 2)  # [B, heads, T, head_dim]
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+        y = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, d))
 
 
@@ -170,8 +179,8 @@ class OutputLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        grad_h, grad_w = ctx.grads
-        return grad_h * grad_output, grad_w * grad_output, None, None, None, None
+        (grad_h, grad_w), ctx.grads = ctx.grads, None  # in place, so once: a second backward fails
+        return grad_h.mul_(grad_output), grad_w.mul_(grad_output), None, None, None, None
 
 
 class LLaMA(nn.Module):

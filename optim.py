@@ -35,12 +35,13 @@ def update_foreach(params, grads, moments, lr, momentum, token_clip, update_clip
     steps, rows = [], []
     if momentum:
         torch._foreach_lerp_(moments, grads, 1 - momentum)
+    if token_clip is not None or update_clip is not None:  # row by row is also the quick way to a tensor's norm
+        norms = [torch.linalg.vector_norm(m, dim=-1, keepdim=True, dtype=torch.float32) for m in moments]
     if token_clip is not None:
-        norms = [torch.linalg.vector_norm(m, dim=1, keepdim=True, dtype=torch.float32) for m in moments]
         rows = [(token_clip / norm).clamp_(max=1.0) for norm in norms]
+        torch._foreach_mul_(norms, rows)
     if update_clip is not None:
-        norms = torch._foreach_mul(norms, rows) if rows else moments
-        steps = torch._foreach_reciprocal(torch._foreach_norm(norms, 2, dtype=torch.float32))
+        steps = torch._foreach_reciprocal(torch._foreach_norm(norms))
         torch._foreach_mul_(steps, [update_clip * m.numel() ** 0.5 for m in moments])
         torch._foreach_clamp_max_(steps, lr)
     scales = torch._foreach_mul(rows, steps or lr) if rows else steps

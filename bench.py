@@ -1,0 +1,348 @@
+"""Speed and memory, beside peers and beside what the machine can do.
+
+    python bench.py                          # or `make bench`: every part at nano, a quarter of an hour on two cores
+    python bench.py train --model=60m        # one part
+    python bench.py train --model=130m --batch=64    # on a GPU: bfloat16, and the share of its peak (MFU)
+
+Each row is the median of --rounds rounds, taken in turn (A B A B) so that a slow minute of a shared machine falls on
+all alike, with the smallest and the largest; a ratio is the median of the ratios within a round.
+"""
+import argparse
+import importlib.util
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import optim
+from loader import Batches, Sequences
+from model import SIZES, Config, LLaMA
+from run import Folder, Log, World
+
+HERE = Path(__file__).resolve().parent
+SHAPES = {"nano": (4096, 64, 128), "60m": (32000, 8, 256)}  # vocabulary, sequences, length; others: as the paper
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, FLOP/s, from the makers' sheets
+
+
+def flops_per_token(size, vocab, length):
+    """Forward and backward: 6 per weight in a matrix product, and causal attention, half of 12 * layers * T * hidden;
+    the embedding's look-up and all that is not a product count for nothing."""
+    hidden, ffn, layers, _ = SIZES[size]
+    return 6 * (layers * (4 * hidden**2 + 3 * hidden * ffn) + vocab * hidden) + 6 * layers * length * hidden
+
+
+def sync():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def timed(function, n=1):
+    """Seconds of one of n calls."""
+    sync()
+    began = time.perf_counter()
+    for _ in range(n):
+        function()
+    sync()
+    return (time.perf_counter() - began) / n
+
+
+def in_turn(rounds, measures):
+    """{name: [a number a round]} from {name: function that measures one}."""
+    found = {name: [] for name in measures}
+    for _ in range(rounds):
+        for name, measure in measures.items():
+            found[name].append(measure())
+    return found
+
+
+def ratio(a, b):
+    return f"{statistics.median(x / y for x, y in zip(a, b)):.2f}"
+
+
+def spread(numbers, form=",.0f"):
+    return f"{statistics.median(numbers):{form}} [{min(numbers):{form}}, {max(numbers):{form}}]"
+
+
+def show(title, head, rows):
+    print(f"\n{title}\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)),
+          flush=True)
+
+
+# ---- a training step ------------------------------------------------------------------------------------------------
+
+def matrix_rate(device):
+    """FLOP/s of square products, by the better of PyTorch and NumPy on a CPU (they call different libraries)."""
+    n, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    out = torch.empty_like(a)
+    ways = [lambda: torch.mm(a, a, out=out)]
+    if device == "cpu":
+        ways.append(lambda: np.matmul(a.numpy(), a.numpy(), out=out.numpy()))
+    return 2 * n**3 / min(timed(way, 10) for way in ways)
+
+
+def train_step(peer, size, shape, device, bf16):
+    """A function that takes one step: forward, backward, fused AdamW."""
+    vocab, B, T = shape
+    torch.manual_seed(0)
+    x, y = (torch.randint(vocab, (B, T)).to(device) for _ in "xy")
+    with torch.device(device):
+        if peer.startswith("transformers"):
+            from transformers import LlamaConfig, LlamaForCausalLM
+            hidden, ffn, layers, heads = SIZES[size]
+            model = LlamaForCausalLM(LlamaConfig(
+                vocab_size=vocab, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
+                num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=T, use_cache=False))
+            run = torch.compile(model) if peer.endswith("compiled") else model
+
+            def loss():
+                return run(input_ids=x, labels=y, shift_labels=y).loss
+        else:
+            model = LLaMA(Config.named(size, vocab))
+            if peer.startswith("this repo"):
+                model.compile()
+                replica = model
+                if torch.distributed.is_initialized():
+                    replica = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+                def loss():
+                    return replica(x, y) / y.numel()
+            else:
+                loss = torch.compile(lambda: F.cross_entropy(model(x).flatten(0, 1).float(), y.flatten()))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
+
+    def step():
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step
+
+
+def worker(pipe, rank, ranks, folder, args):
+    """A process that takes n steps of a peer when told n; so each has its own peak of memory."""
+    if ranks > 1:
+        torch.set_num_threads(1)
+        torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=ranks)
+    device = args[3]
+    step = train_step(*args)
+    for _ in range(3):
+        step()
+    pipe.send(None)
+    while n := pipe.recv():
+        seconds = timed(step, n)
+        peak = torch.cuda.max_memory_allocated() if device == "cuda" else 1024 * resource.getrusage(
+            resource.RUSAGE_SELF).ru_maxrss
+        pipe.send((seconds, peak))
+
+
+class Peer:
+    """A training step in its own process, or one half of it in each of two."""
+
+    def __init__(self, name, size, shape, device, folder):
+        ranks, bf16 = 2 if "processes" in name else 1, device == "cuda" or "bfloat16" in name
+        shape = shape[0], shape[1] // ranks, shape[2]
+        context, self.pipes, self.tokens = get_context("spawn"), [], ranks * shape[1] * shape[2]
+        for rank in range(ranks):
+            mine, its = context.Pipe()
+            context.Process(target=worker, daemon=True,
+                            args=(its, rank, ranks, folder, (name, size, shape, device, bf16))).start()
+            its.close()  # so that a process that died is noticed
+            self.pipes.append(mine)
+        self.ask()
+
+    def ask(self):
+        return [pipe.recv() for pipe in self.pipes]
+
+    def speed(self, n):
+        for pipe in self.pipes:
+            pipe.send(n)
+        seconds, peaks = zip(*self.ask())
+        self.memory = sum(peaks)
+        return self.tokens / max(seconds)
+
+
+def train(args):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    vocab, B, T = shape = SHAPES.get(args.model, (32000, 64, 256))
+    shape = vocab, args.batch or B, T
+    names = ["this repo", "plain PyTorch, whole logits, compiled"]
+    if importlib.util.find_spec("transformers"):
+        names += ["transformers, compiled", "transformers, eager"]
+    else:
+        print("no transformers here, so without that peer: `.venv/bin/pip install transformers` and again")
+    if device == "cpu":
+        names += ["this repo, 2 processes of 1 thread", "this repo, bfloat16"]
+    need = flops_per_token(args.model, vocab, T)
+    with tempfile.TemporaryDirectory() as folder:
+        peers = {name: Peer(name, args.model, shape, device, folder) for name in names}
+        first = peers["this repo"].speed(1)
+        steps = max(1, round(3 * first / (shape[1] * T)))  # three seconds a round
+        found = in_turn(args.rounds, {"limit": lambda: matrix_rate(device) / need} |
+                        {name: lambda peer=peer: peer.speed(steps) for name, peer in peers.items()})
+    against = "transformers, compiled" if len(names) > 2 and "transformers, compiled" in names else names[1]
+    rows = [(name, spread(found[name]), ratio(found[name], found[against]), ratio(found[name], found["limit"]),
+             f"{peers[name].memory / 2**20:,.0f}", f"{peers[name].memory / peers[against].memory:.2f}")
+            for name in names]
+    kind = next((k for k in PEAK if device == "cuda" and k in torch.cuda.get_device_name()), None)
+    share = statistics.median(found["this repo"]) * need / PEAK[kind] if kind else None
+    show(f"Training step, {args.model}: {shape[1]} x {T} tokens, vocabulary {vocab:,}, fused AdamW. Limit: "
+         f"{statistics.median(found['limit']):,.0f} tokens/s, if all were matrix products at the rate measured in "
+         f"between ({statistics.median(found['limit']) * need / 1e9:,.0f} GFLOP/s)"
+         + (f"; {share:.1%} of the {kind}'s dense bf16 peak (MFU)" if kind else "") + ".",
+         ("", "tokens/s", f"x {against}", "x limit", "peak memory, MiB", f"x {against}"), rows)
+
+
+# ---- the optimizer --------------------------------------------------------------------------------------------------
+
+def optimizer(args):
+    """Steps at this model's shapes; the lr is tiny, so that nothing drifts away."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = "60m" if args.model == "nano" else args.model  # at nano there is nothing to measure
+    model = LLaMA(Config.named(size, SHAPES.get(size, (32000,))[0])).to(device)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p) * 1e-6
+    loop = optim.build("clipped_sgd", model, 1e-9)
+    for group in loop.param_groups:
+        group["foreach"] = False
+    steps = {"AdamW, fused": optim.build("adamw", model, 1e-9), "ClippedSGD": optim.build("clipped_sgd", model, 1e-9),
+             "the same rule, a loop over the tensors": loop,
+             "SGD without clips": optim.build("sgd", model, 1e-9)}
+    for each in steps.values():
+        each.step()
+    found = in_turn(args.rounds, {name: lambda each=each: 1e3 * timed(each.step, 5) for name, each in steps.items()})
+    n = sum(p.numel() for p in model.parameters())
+    state = {name: sum(t.nbytes for s in each.state.values() for t in s.values()) / n for name, each in steps.items()}
+    show(f"Optimizer step, {size}: {n:,} parameters, {device}.", ("", "ms", "x AdamW, fused", "state, bytes a parameter"),
+         [(name, spread(found[name], ".1f"), ratio(found[name], found["AdamW, fused"]), f"{state[name]:.1f}")
+          for name in steps])
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+def data(args):
+    """The loader, and tokenizing beside the library's own batch call."""
+    sys.path.insert(0, str(HERE / "data"))
+    import prepare
+    sequences = Sequences(args.data, "train")
+    batches = Batches(sequences, 64, seed=0)
+    batches(0)
+    count = iter(range(10**9))
+    found = in_turn(args.rounds, {"load": lambda: 64 * sequences.seq_len / timed(
+        lambda: batches(next(count) % batches.per_epoch), 50)})
+    print(f"\nLoading {args.data}: {spread(found['load'])} tokens/s.")
+
+    texts = list(prepare.python_files(8_000_000))
+    tokenizer = prepare.Tokenizer("tokenizer.model", (Path(args.data) / "tokenizer.model").read_bytes())
+    with tempfile.TemporaryDirectory() as folder:
+        def ours():
+            writer = prepare.ShardWriter(SimpleNamespace(out=Path(folder), shard_chars=10**9, seq_len=128,
+                                                         layout="stream"), "train", tokenizer)
+            for text in texts:
+                writer.add(text)
+            writer.close()
+            os.unlink(writer.path)
+        characters = sum(map(len, texts)) / 1e6
+        found = in_turn(args.rounds, {"prepare.py, to shards on disk": lambda: characters / timed(ours),
+                                      "SentencePiece's batch call alone":
+                                      lambda: characters / timed(lambda: tokenizer.encode(texts))})
+    library = found["SentencePiece's batch call alone"]
+    show(f"Tokenizing {characters:.1f} million characters on {os.cpu_count()} cores.",
+         ("", "million characters/s", "x SentencePiece"),
+         [(name, spread(numbers, ".2f"), ratio(numbers, library)) for name, numbers in found.items()])
+
+
+# ---- a run ----------------------------------------------------------------------------------------------------------
+
+def start(args):
+    """Seconds from the command to the end of the first step, with an empty compile cache and with the one it left."""
+    def first_step(cache, out):
+        words = [f"--data={args.data}", f"--model={args.model}", f"--out={out}", "--steps=1", "--log_every=1"]
+        began = time.perf_counter()
+        with subprocess.Popen([sys.executable, HERE / "train.py", *words], stdout=subprocess.PIPE, text=True,
+                              env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}) as run:
+            lines = [(time.perf_counter() - began, line) for line in run.stdout]
+        return next(seconds for seconds, line in lines if line.startswith("step 1/1  loss"))
+    with tempfile.TemporaryDirectory() as folder:
+        cold = first_step(folder + "/cache", folder + "/0")
+        warm = [first_step(folder + "/cache", f"{folder}/{i}") for i in range(1, args.rounds + 1)]
+    show(f"Start of train.py at {args.model}, to the end of the first step, the first evaluation included.",
+         ("compile cache", "s"), [("empty (one run)", f"{cold:.1f}"), ("filled", spread(warm, ".1f"))])
+
+
+def overhead(args):
+    """What train.py does beside the bare step, at its default intervals."""
+    import train as script
+    s = script.Settings(data=args.data, model=args.model)
+    world = World("cpu")
+    batches, valid = script.open_data(s)
+    model = LLaMA(Config.named(args.model, valid.vocab_size))
+    model.compile()
+    clipped = optim.build("clipped_sgd", model, 1e-9)
+    parameters = list(model.parameters())
+    x, y, targets = batches(0)
+
+    def bare():
+        clipped.zero_grad(set_to_none=True)
+        (model(x, y) / targets).backward()
+        clipped.step()
+    bare(), bare()
+    with tempfile.TemporaryDirectory() as folder:
+        log = Log(s, Folder(folder, {}, world), valid)
+        log.say = lambda text: None
+
+        def step(report):
+            clipped.report = report
+            return timed(clipped.step)
+
+        def flush():
+            for _ in range(s.log_every):
+                log.add(1.0, {"train_loss": torch.zeros(()), "grad_norm": torch.zeros(()),
+                              "clipped_tensors": torch.zeros(()), "clipped_rows": torch.zeros(())})
+            return timed(lambda: log.flush(s.log_every, time.perf_counter() - 1)) / s.log_every
+        found = in_turn(args.rounds, {
+            "forward, backward, optimizer": lambda: timed(bare, 3),
+            "the batch": lambda: timed(lambda: batches(1)),
+            "norm of the gradient": lambda: timed(
+                lambda: torch.nn.utils.get_total_norm([p.grad for p in parameters])),
+            "share clipped": lambda: max(0.0, step(True) - step(False)),
+            "metrics.jsonl, each 10 steps": flush,
+            "checkpoint, each 100 steps": lambda: timed(
+                lambda: log.folder.save(0, 0.0, None, model, clipped)) / s.save_every})
+    bare_ms = found["forward, backward, optimizer"]
+    extra = [sum(numbers) for numbers in zip(*(found[name] for name in list(found)[1:]))]
+    show(f"A step of train.py at {args.model}.", ("", "ms a step", "x the bare step"),
+         [(name, spread([1e3 * t for t in numbers], ".2f"), ratio(numbers, bare_ms).replace("0.00", "< 0.01"))
+          for name, numbers in [*found.items(), ("all but the bare step", extra)]])
+
+
+PARTS = {"train": train, "optimizer": optimizer, "data": data, "start": start, "overhead": overhead}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; none: all")
+    parser.add_argument("--model", choices=SIZES, default="nano")
+    parser.add_argument("--batch", type=int, help="sequences of a training step")
+    parser.add_argument("--data", default="data/python", help="data directory, made by data/prepare.py")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    if wrong := set(args.part) - set(PARTS):
+        parser.error(f"no part {', '.join(wrong)}: choose from {', '.join(PARTS)}")
+    for name in args.part or PARTS:
+        PARTS[name](args)
+
+
+if __name__ == "__main__":
+    main()
