@@ -14,6 +14,9 @@ demo: $(DATA)  ## Adam, SGD and clipped SGD side by side: a table and a picture 
 lr: $(DATA)  ## the loss against the learning rate, by which the demo's were chosen: half an hour
 	$(PY) tables.py lr --scale=$(SCALE) --data=$(DATA)
 
+bench: $(DATA)  ## speed and memory beside peers: a quarter of an hour; `.venv/bin/pip install transformers` adds that peer
+	$(PY) bench.py --data=$(DATA)
+
 test: .venv/installed  ## the tests: two minutes
 	@$(MAKE) --no-print-directory -j2 test-runs test-rest
 test-runs:
@@ -30,4 +33,4 @@ data/python: .venv/installed  ## the embedded corpus: the source of Python's own
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.PHONY: help demo lr test test-runs test-rest data/python
+.PHONY: help demo lr bench test test-runs test-rest data/python

@@ -140,11 +140,14 @@ def worker(pipe, rank, ranks, folder, args):
     for _ in range(3):
         step()
     pipe.send(None)
-    while n := pipe.recv():
-        seconds = timed(step, n)
-        peak = torch.cuda.max_memory_allocated() if device == "cuda" else 1024 * resource.getrusage(
-            resource.RUSAGE_SELF).ru_maxrss
-        pipe.send((seconds, peak))
+    try:
+        while True:
+            seconds = timed(step, pipe.recv())
+            peak = torch.cuda.max_memory_allocated() if device == "cuda" else 1024 * resource.getrusage(
+                resource.RUSAGE_SELF).ru_maxrss
+            pipe.send((seconds, peak))
+    except EOFError:  # the bench is over
+        pass
 
 
 class Peer:

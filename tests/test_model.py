@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import optim
 from model import IGNORE, SIZES, Config, LLaMA
 
 
@@ -143,6 +144,33 @@ def test_compiled_on_all_threads_gradients_are_the_same_every_time():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     for _ in range(5):
         assert all(torch.equal(a, b) for a, b in zip(compiled, gradients()))
+
+
+def test_fifty_steps_stay_with_the_plain_path():
+    """Compiled, in chunks, by the foreach optimizer, against whole logits in eager PyTorch and one tensor at a time."""
+    tokens = torch.multinomial(1 / torch.arange(1, 98), 50 * 64 * 65, replacement=True,
+                               generator=torch.Generator().manual_seed(0)).view(50, 64, 65)
+    tokens[..., 1::2] = tokens[..., :64:2] * 7 % 97  # something to learn
+
+    def losses(fast):
+        torch.manual_seed(0)
+        model = LLaMA(Config(hidden=32, ffn=48, layers=1, heads=2, vocab_size=97))
+        optimizer = optim.build("clipped_sgd", model, lr=100.0, update_clip=5e-3)
+        for group in optimizer.param_groups:
+            group["foreach"] = fast
+        if fast:
+            model.compile()
+        found = []
+        for x, y in zip(tokens[..., :-1], tokens[..., 1:]):
+            loss = model(x, y) / y.numel() if fast else F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        return found
+    fast, plain = losses(True), losses(False)
+    assert plain[-1] < 0.8 * plain[0]
+    assert max(abs(a - b) for a, b in zip(fast, plain)) < 1e-3
 
 
 def test_every_size_has_whole_heads():
