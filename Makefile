@@ -1,18 +1,34 @@
 # `make` lists the targets. Everything runs in .venv, which the first target that needs it makes.
 PYTHON ?= python3
 SCALE ?= nano
-DATA ?= data/python
+DATA ?= $(if $(filter nano,$(SCALE)),data/python,data/c4)
+SEEDS ?= 3
+NPROC ?= 1
+JOBS ?= 1
 PY := .venv/bin/python
+NEED := .venv/installed $(if $(DRY),,$(DATA))
+TABLES := $(PY) tables.py --scale=$(SCALE) --data=$(DATA) --seeds=$(SEEDS) --nproc=$(NPROC) --jobs=$(JOBS) $(if $(DRY),--dry)
 
 help:  ## this list
-	@echo "Targets (times: two CPU cores). SCALE and DATA choose another scale or data directory, PYTHON the interpreter."
+	@echo "Targets (times: two CPU cores). SCALE=60m and so on, DATA=data directory, SEEDS=runs each, NPROC=processes of a"
+	@echo "run, JOBS=runs at a time, DRY=1 to see the commands only, PYTHON=interpreter."
 	@awk -F ':.*## ' '/^[a-z\/]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(DATA)  ## Adam, SGD and clipped SGD side by side: a table and a picture in ten minutes
-	$(PY) tables.py demo --scale=$(SCALE) --data=$(DATA)
+demo: $(NEED)  ## Adam, SGD and clipped SGD side by side: a table and a picture in ten minutes
+	$(TABLES) demo
 
-lr: $(DATA)  ## the loss against the learning rate, by which the demo's were chosen: half an hour
-	$(PY) tables.py lr --scale=$(SCALE) --data=$(DATA)
+gap: $(NEED)  ## five methods, each at its best settings, SEEDS seeds: the gap to Adam with its interval; three hours
+
+lr: $(NEED)  ## the loss against the learning rate, the largest that each method bears: an hour
+
+ablation: $(NEED)  ## each clip, both and none, at a small and a large learning rate: an hour
+
+batch: $(NEED)  ## the gap against the batch size at a fixed number of tokens: three hours
+
+dynamics: $(NEED)  ## norms, ratios, imbalance, spikes along training, in small and large batches: half an hour
+
+gap lr ablation batch dynamics:
+	$(TABLES) $@
 
 bench: $(DATA)  ## speed and memory beside peers: a quarter of an hour; `.venv/bin/pip install transformers` adds that peer
 	$(PY) bench.py --data=$(DATA)
@@ -27,10 +43,13 @@ test-rest:
 data/python: .venv/installed  ## the embedded corpus: the source of Python's own standard library
 	$(PY) data/prepare.py python --out=$@
 
+data/c4:
+	@echo "make it first: $(PY) data/prepare.py c4 --out=data/c4 --train_shards=0-28 (29 of 1,024 files; 1b needs 220)"; exit 1
+
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.PHONY: help demo lr bench test test-runs test-rest data/python
+.PHONY: help demo gap lr ablation batch dynamics bench test test-runs test-rest data/python

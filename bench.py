@@ -156,14 +156,21 @@ class Peer:
     def __init__(self, name, size, shape, device, folder):
         ranks, bf16 = 2 if "processes" in name else 1, device == "cuda" or "bfloat16" in name
         shape = shape[0], shape[1] // ranks, shape[2]
-        context, self.pipes, self.tokens = get_context("spawn"), [], ranks * shape[1] * shape[2]
+        context, self.tokens = get_context("spawn"), ranks * shape[1] * shape[2]
+        self.pipes, self.processes = [], []
         for rank in range(ranks):
             mine, its = context.Pipe()
-            context.Process(target=worker, daemon=True,
-                            args=(its, rank, ranks, folder, (name, size, shape, device, bf16))).start()
-            its.close()  # so that a process that died is noticed
             self.pipes.append(mine)
+            self.processes.append(context.Process(
+                target=worker, daemon=True, args=(its, rank, ranks, folder, (name, size, shape, device, bf16))))
+            self.processes[-1].start()
+            its.close()  # so that a process that died is noticed
         self.ask()
+
+    def close(self):
+        for pipe, process in zip(self.pipes, self.processes):
+            pipe.close()
+            process.join()
 
     def ask(self):
         return [pipe.recv() for pipe in self.pipes]
@@ -194,7 +201,9 @@ def train(args):
         steps = max(1, round(3 * first / (shape[1] * T)))  # three seconds a round
         found = in_turn(args.rounds, {"limit": lambda: matrix_rate(device) / need} |
                         {name: lambda peer=peer: peer.speed(steps) for name, peer in peers.items()})
-    against = "transformers, compiled" if len(names) > 2 and "transformers, compiled" in names else names[1]
+        for peer in peers.values():
+            peer.close()
+    against = "transformers, compiled" if "transformers, compiled" in names else names[1]
     rows = [(name, spread(found[name]), ratio(found[name], found[against]), ratio(found[name], found["limit"]),
              f"{peers[name].memory / 2**20:,.0f}", f"{peers[name].memory / peers[against].memory:.2f}")
             for name in names]
@@ -224,10 +233,11 @@ def optimizer(args):
              "SGD without clips": optim.build("sgd", model, 1e-9)}
     for each in steps.values():
         each.step()
-    found = in_turn(args.rounds, {name: lambda each=each: 1e3 * timed(each.step, 5) for name, each in steps.items()})
+    found = in_turn(args.rounds, {name: lambda each=each: 1e3 * timed(each.step, 20) for name, each in steps.items()})
     n = sum(p.numel() for p in model.parameters())
     state = {name: sum(t.nbytes for s in each.state.values() for t in s.values()) / n for name, each in steps.items()}
-    show(f"Optimizer step, {size}: {n:,} parameters, {device}.", ("", "ms", "x AdamW, fused", "state, bytes a parameter"),
+    show(f"Optimizer step, {size}: {n:,} parameters, {device}.",
+         ("", "ms", "x AdamW, fused", "state, bytes a parameter"),
          [(name, spread(found[name], ".1f"), ratio(found[name], found["AdamW, fused"]), f"{state[name]:.1f}")
           for name in steps])
 

@@ -189,22 +189,23 @@ class Log:
         self.tokens_per_step = s.batch_size * sequences.seq_len  # padding included, as the paper counts
         self.limit = 2 * math.log(sequences.vocab_size)  # ours: diverged is twice the loss of a uniform guess
 
-    def add(self, lr, values):
-        self.pending.append((lr, values))
+    def add(self, lr, values, looks={}):
+        """Of one step: its lr, `values` that every step has, `looks` that only some have; 0-d tensors."""
+        self.pending.append((lr, values, looks))
 
     def flush(self, step, began):
         """Write the lines up to `step`, which began at perf_counter() `began`. Returns their seconds, and the step at
         which the run diverged or None."""
         names = list(self.pending[0][1])
-        table = torch.stack([torch.stack(list(values.values())) for _, values in self.pending])  # [steps, names]
+        table = torch.stack([torch.stack(list(values.values())) for _, values, _ in self.pending])  # [steps, names]
         table[:, 0] = self.world.sum(table[:, 0].clone())  # train_loss: each rank has its part of the sum
         rows = table.tolist()
         seconds = time.perf_counter() - began
         speed = len(rows) * self.tokens_per_step / seconds
         lines, diverged = [], None
-        for number, ((lr, _), row) in enumerate(zip(self.pending, rows), step - len(rows) + 1):
+        for number, ((lr, _, looks), row) in enumerate(zip(self.pending, rows), step - len(rows) + 1):
             lines.append({"step": number, "lr": lr, "tokens": number * self.tokens_per_step, "tok_per_s": round(speed),
-                          **dict(zip(names, row))})
+                          **dict(zip(names, row)), **{name: value.item() for name, value in looks.items()}})
             if not all(map(math.isfinite, row)) or row[0] > self.limit:
                 diverged = number
                 break

@@ -1,122 +1,76 @@
 """Every table and figure: its runs, its numbers, its picture.
 
-    python tables.py demo                    # or `make demo`: Adam, SGD, clipped SGD at their best learning rates
-    python tables.py lr --data=data/news     # or `make lr DATA=data/news`: how those were found
-    python tables.py demo --steps=400        # any setting of train.py, for all runs
+    python tables.py demo                          # or `make demo`: Adam, SGD, clipped SGD side by side
+    python tables.py gap --data=data/news          # or `make gap DATA=data/news`: five methods, tuned, three seeds
+    python tables.py gap --scale=1b --nproc=8      # the paper's scale under torchrun; --dry prints the commands
+    python tables.py batch --jobs=2                # two runs at a time, each with half of the cores
+    python tables.py demo --steps=400              # any setting of train.py, for all runs
 
-Each artefact is a function: it names its runs, takes their results and returns a Markdown table, rows for the JSON, a
-drawing and a caption, which land in results/SCALE/NAME.md, .json and .png. A run is one call of train.py in a folder
-under runs/ named by all of its settings, so finished runs are not repeated and killed ones go on where they stopped.
+Each artefact is a function: it names its runs, takes their results and returns a `Page`, which lands in
+results/SCALE/NAME.md, .json and .png. A run is one call of train.py in a folder under runs/ named by all of its
+settings, so finished runs are not repeated and killed ones go on where they stopped.
 """
 import argparse
-import hashlib
-import json
 import math
 import statistics
-import subprocess
 import sys
-import time
-from pathlib import Path
 
-HERE = Path(__file__).resolve().parent  # train.py's; runs/ and results/ are in the current folder
-SCALES = {"nano": {"model": "nano", "batch_size": 64, "steps": 200, "eval_every": 40}}
+from sweep import (LADDER, Page, Run, execute, gap_to, largest_stable, markdown, number, percent, plus_minus, publish,
+                   seeds, spikes, tune)
 
-# Each grid goes in steps of sqrt(10) and has its best inside, as `make lr` shows. `lr` is the demo's: for Adam and SGD
-# the best of the grid, for clipped SGD the paper's, though 316 is a little better.
+SEED = 42
+# Batch, steps and clips of 130m, 350m and 1b are the paper's; 60m, nano and all of eval_every are ours.
+SCALES = {
+    "nano": {"model": "nano", "batch_size": 64, "steps": 200, "eval_every": 40},
+    "60m": {"model": "60m", "batch_size": 2048, "steps": 2500, "eval_every": 250},
+    "130m": {"model": "130m", "batch_size": 2048, "steps": 5000, "eval_every": 500},
+    "350m": {"model": "350m", "batch_size": 2048, "steps": 15000, "eval_every": 1500},
+    "1b": {"model": "1b", "batch_size": 4096, "steps": 19125, "eval_every": 1500},
+}
+LARGE = {"eval_tokens": 10_000_000, "save_every": 500, "micro_batch": 32}  # beyond nano
+
+# `start` is where the search for the best settings begins, `paper` what the paper has at a scale, `grid` the learning
+# rates of `lr` in rungs from the start, `axes` what is searched beside lr. The start at nano is the best that a search
+# found (`make gap`), but for clipped SGD the paper's own.
 METHODS = {
-    "Adam": {"settings": {"optimizer": "adamw"},
-             "grid": (1e-3, 3.16e-3, 1e-2), "lr": 3.16e-3, "line": ("#000000", "-")},
-    "SGD with momentum": {"settings": {"optimizer": "sgd"},
-                          "grid": (0.316, 1.0, 3.16, 10.0, 31.6), "lr": 1.0, "line": ("#d55e00", ":")},
+    "Adam": {"settings": {"optimizer": "adamw"}, "start": {"lr": 3.16e-3, "beta2": 0.95}, "grid": (-1, 3),
+             "paper": dict.fromkeys(("60m", "130m", "350m", "1b"), {"lr": 1e-3}),  # ours: the paper gives none
+             "axes": {"beta2": (0.9, 0.95, 0.99, 0.999)}, "line": ("#000000", "-", "o")},
+    "SGD": {"settings": {"optimizer": "sgd", "momentum": 0}, "start": {"lr": 1.0}, "grid": (-1, 3),
+            "axes": {}, "line": ("#e69f00", ":", "v")},
+    "SGD with momentum": {"settings": {"optimizer": "sgd"}, "start": {"lr": 1.0}, "grid": (-1, 3),
+                          "axes": {}, "line": ("#d55e00", ":", "s")},
+    "SGD, global norm clipped": {"settings": {"optimizer": "sgd"}, "start": {"lr": 31.6, "grad_clip": 0.1},
+                                 "grid": (-1, 3), "axes": {"grad_clip": (0.01, 0.03, 0.1, 0.3, 1.0)},
+                                 "line": ("#009e73", "-.", "^")},
     "clipped SGD": {"settings": {"optimizer": "clipped_sgd"},
-                    "grid": (31.6, 100.0, 316.0, 1000.0), "lr": 100.0, "line": ("#0072b2", "--")},
+                    "start": {"lr": 100.0, "token_clip": 1e-3, "update_clip": 5e-4}, "grid": (-1, 3),
+                    "paper": {"350m": {"lr": 200.0}, "1b": {"lr": 300.0, "update_clip": 2e-4}},
+                    "axes": {"update_clip": (1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3),
+                             "token_clip": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}, "line": ("#0072b2", "--", "D")},
 }
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
-class Run:
-    """One run of train.py: its settings, and once over `final` (its last line), `steps` and `evals` (the rest)."""
-
-    def __init__(self, label, settings):
-        self.label, self.settings, self.error = label, settings, None
-        meta = Path(settings["data"]) / "meta.json"
-        key = json.dumps(settings, sort_keys=True) + (meta.read_text() if meta.exists() else "")
-        name = "-".join(f"{settings[k]}" for k in ("model", "optimizer", "lr", "seed") if k in settings)
-        self.out = Path("runs") / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
-
-    def read(self):
-        """Take in the metrics. True if the run is over."""
-        self.final, self.evals, self.steps = None, [], []
-        path = self.out / "metrics.jsonl"
-        for text in path.read_text().splitlines() if path.exists() else []:
-            try:
-                line = json.loads(text)
-            except ValueError:  # torn by a crash: train.py will write it again
-                break
-            if line.get("final"):
-                self.final = line
-            else:
-                (self.evals if "val_tokens" in line else self.steps).append(line)
-        return self.final is not None
-
-    def start(self):
-        """Run train.py; what it says goes to the terminal, and its last line into `error` if it fails."""
-        words = [f"--{k}={v}" for k, v in {**self.settings, "out": self.out}.items()]
-        last = ""
-        with subprocess.Popen([sys.executable, HERE / "train.py", *words], stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, text=True) as process:
-            try:
-                for last in process.stdout:
-                    print("   ", last, end="", flush=True)
-            except KeyboardInterrupt:  # the run got it too, and is saving
-                process.wait()
-                sys.exit(130)
-        if process.returncode or not self.read():
-            self.error = last.strip() or f"exit status {process.returncode}"
-            print(f"    FAILED: {self.error}", file=sys.stderr)
-
-    @property
-    def loss(self):
-        """Final validation loss in nats; infinite if the run diverged or failed."""
-        return self.final["val_loss"] if self.final and self.final["status"] == "done" else math.inf
-
-    @property
-    def verdict(self):
-        if self.final is None:
-            return f"failed: {self.error}"
-        return f"{self.loss:.3f}" if self.final["status"] == "done" else f"diverged at step {self.final['step']}"
-
-    def row(self, adam):
-        """What the JSON has of every run; `gap` is (loss - Adam's) / Adam's."""
-        both = self.loss < math.inf and adam.loss < math.inf
-        return {"method": self.label, **self.settings, "status": self.final["status"] if self.final else "failed",
-                "val_loss": self.loss if self.loss < math.inf else None,
-                "gap": self.loss / adam.loss - 1 if both else None,
-                "seconds": self.final["seconds"] if self.final else None,
-                "tok_per_s": statistics.median(x["tok_per_s"] for x in self.steps) if self.steps else None}
+def method(name, args, **changes):
+    """The run of a method at this scale, from its start, with changes."""
+    spec, large = METHODS[name], {} if args.scale == "nano" else LARGE
+    settings = {**SCALES[args.scale], **large, "data": args.data, "seed": SEED, **spec["settings"], **spec["start"],
+                **spec.get("paper", {}).get(args.scale, {}), **args.override, **changes}
+    return Run(name, settings, ("lr", *spec["axes"]))
 
 
-def execute(runs):
-    """Run what has not run yet, and say which of how many and how long it will take."""
-    todo = [run for run in runs if not run.read()]
-    began = time.monotonic()
-    for i, run in enumerate(todo):
-        left = f", about {(time.monotonic() - began) / i * (len(todo) - i) / 60:.0f} min left" if i else ""
-        print(f"[{i + 1}/{len(todo)}] {run.label}, lr {run.settings['lr']:g}{left}", flush=True)
-        run.start()
-    return runs
-
-
-def method(name, args, lr=None):
-    settings = {**SCALES[args.scale], "data": args.data, "seed": 42, **METHODS[name]["settings"]}
-    return Run(name, {**settings, "lr": lr or METHODS[name]["lr"], **args.override})
+def search(name, args, axes=True, **changes):
+    """The best run of a method and all that were tried: over lr, and with `axes` over what else it has to tune."""
+    return tune(lambda **more: method(name, args, **{**changes, **more}),
+                {"lr": LADDER} | (METHODS[name]["axes"] if axes else {}), args)
 
 
 # ---- artefacts ------------------------------------------------------------------------------------------------------
 
 def demo(args):
-    runs = execute([method(name, args) for name in METHODS])
+    runs = execute([method(name, args) for name in ("Adam", "SGD with momentum", "clipped SGD")], args)
     rows = [run.row(adam=runs[0]) for run in runs]
     table = markdown(("method", "learning rate", "validation loss", "gap to Adam", "minutes", "tokens/s"),
                      [(run.label, f"{r['lr']:g}", run.verdict, percent(r["gap"]), f"{(r['seconds'] or 0) / 60:.1f}",
@@ -124,30 +78,78 @@ def demo(args):
 
     def draw(axes):
         for run in runs:
-            color, dash = METHODS[run.label]["line"]
+            color, dash, mark = METHODS[run.label]["line"]
             axes.plot([x["step"] for x in run.steps], [x["train_loss"] for x in run.steps], color=color, alpha=0.25)
-            axes.plot([x["step"] for x in run.evals], [x["val_loss"] for x in run.evals], dash, color=color, marker="o",
-                      label=f"{run.label}, lr {run.settings['lr']:g}: {run.verdict}")
+            axes.plot([x["step"] for x in run.evals], [x["val_loss"] for x in run.evals], dash, color=color,
+                      marker=mark, label=f"{run.label}, lr {run.settings['lr']:g}: {run.verdict}")
         axes.set(xlabel="step", ylabel="loss (nats per token)")
         axes.legend(title="validation (pale: training)")
-    return table, rows, draw, "Adam and SGD at the best learning rate of their grids, clipped SGD at the paper's.", runs
+    return Page(table, rows, runs, "Adam and SGD at the best learning rate of their grids, clipped SGD at the paper's.",
+                draw)
+
+
+def gap(args):
+    found = {name: search(name, args) for name in METHODS}
+    again = {name: seeds(best, args) for name, (best, _) in found.items()}
+    execute([run for runs in again.values() for run in runs], args)
+    gaps = {name: [gap_to(adam, run) for adam, run in zip(again["Adam"], runs)] for name, runs in again.items()}
+    rows, lines = [], []
+    for name, runs in again.items():
+        best, tried = found[name]
+        s = best.settings
+        state = {"adamw": 8, "sgd": 4, "clipped_sgd": 4}[s["optimizer"]] if s.get("momentum", 1) else 0
+        rate = statistics.median(run.tok_per_s or math.nan for run in runs)
+        rows += [run.row(adam) | {"role": "seed"} for adam, run in zip(again["Adam"], runs)]
+        rows += [run.row(found["Adam"][0]) | {"role": "search"} for run in tried]
+        lines.append((name, best.tuned, plus_minus([run.loss for run in runs], ".3f"), plus_minus(gaps[name], "+.1%"),
+                      str(state), f"{1000 * runs[0].tokens_per_step / rate:,.0f}", str(len(tried))))
+    table = markdown(("method", "best settings", "validation loss", "gap to Adam", "state, bytes a parameter",
+                      "ms a step", "runs of the search"), lines)
+
+    def draw(axes):
+        for name, runs in again.items():
+            color, dash, mark = METHODS[name]["line"]
+            for run in runs:
+                axes.plot([x["step"] for x in run.evals], [x["val_loss"] for x in run.evals], dash, color=color,
+                          marker=mark, markersize=4, label=name if run is runs[0] else None)
+        axes.set(xlabel="step", ylabel="validation loss (nats per token)")
+        axes.legend()
+    return Page(table, rows, [run for name in again for run in (*again[name], *found[name][1])],
+                f"Each method at the best settings that a search found, {args.seeds} seeds each (mean, 95% interval of "
+                "Student's t; the gap is taken seed by seed).", draw)
 
 
 def lr(args):
-    runs = {name: [method(name, args, lr) for lr in METHODS[name]["grid"]] for name in METHODS}
-    every = execute([run for some in runs.values() for run in some])
+    runs = {}
+    for name, spec in METHODS.items():
+        centre = method(name, args).settings["lr"]
+        near = min(range(len(LADDER)), key=lambda i: abs(math.log(LADDER[i] / centre)))
+        low, high = spec["grid"]
+        runs[name] = [method(name, args, lr=value) for value in LADDER[near + low:near + high + 1]]
+    every = execute([run for some in runs.values() for run in some], args)
     best = {name: min(some, key=lambda run: run.loss) for name, some in runs.items()}
-    rows = [run.row(best["Adam"]) | {"best": run in best.values()} for run in every]
-    table = markdown(("method", "validation loss by learning rate", "best", "gap to Adam", "best inside the grid"),
+    stable = {}  # the largest learning rate below the first that diverged, and whether the grid reached one that did
+    for name, some in runs.items():
+        good = [run.settings["lr"] for run in some[:next((i for i, r in enumerate(some) if r.loss == math.inf), None)]]
+        stable[name] = (good[-1] if good else None, len(good) < len(some))
+    rows = [run.row(best["Adam"]) | {"best": run in best.values(), "effective_lr": run.mean("effective_lr")}
+            for run in every]
+    base = stable["SGD with momentum"][0]
+    table = markdown(("method", "validation loss by learning rate", "best", "gap to Adam", "best inside the grid",
+                      "largest stable", "x SGD with momentum's", "effective lr at the best"),
                      [(name, "; ".join(f"{run.settings['lr']:g}: {run.verdict}" for run in some),
-                       f"{best[name].settings['lr']:g}", percent(best[name].row(best["Adam"])["gap"]),
-                       "no" if best[name] in (some[0], some[-1]) else "yes") for name, some in runs.items()])
+                       f"{best[name].settings['lr']:g}", percent(gap_to(best["Adam"], best[name])),
+                       "no" if best[name] in (some[0], some[-1]) else "yes",
+                       "-" if top is None else f"{'' if found else 'at least '}{top:g}",
+                       f"{top / base:.3g}" if top and base and "SGD" in name else "-",
+                       number(best[name].mean("effective_lr"), ".2g"))
+                      for (name, some), (top, found) in zip(runs.items(), stable.values())])
 
     def draw(axes):
         for name, some in runs.items():
-            color, dash = METHODS[name]["line"]
+            color, dash, mark = METHODS[name]["line"]
             good = [run for run in some if run.loss < math.inf]
-            axes.plot([r.settings["lr"] for r in good], [r.loss for r in good], dash, color=color, marker="o",
+            axes.plot([r.settings["lr"] for r in good], [r.loss for r in good], dash, color=color, marker=mark,
                       label=name)
             for run in some:
                 if run not in good:
@@ -155,51 +157,144 @@ def lr(args):
         axes.set(xscale="log", xlabel="peak learning rate (x at the top: diverged)",
                  ylabel="final validation loss (nats per token)")
         axes.legend()
-    return table, rows, draw, "Final validation loss against the learning rate.", every
+    return Page(table, rows, every, "Final validation loss against the learning rate.", draw)
 
 
-ARTEFACTS = {"demo": demo, "lr": lr}
+def ablation(args):
+    """Which clip, at which learning rate: the four cells that a referee asked for, and their neighbours."""
+    start = method("clipped SGD", args).settings
+    large, token, update = start["lr"], start["token_clip"], start["update_clip"]
+    small = largest_stable(lambda **c: method("SGD with momentum", args, **c), args)
+    clips = {"no clip": {"token_clip": "none", "update_clip": "none"}, "token clip": {"update_clip": "none"},
+             "update clip": {"token_clip": "none"}, "both clips": {}}
+    cells = {(clip, rate): method("clipped SGD", args, lr=rate, **changes)
+             for clip, changes in clips.items() for rate in (small, large)}
+    cells |= {("global norm", rate): method("SGD, global norm clipped", args, lr=rate) for rate in (small, large)}
+    cells["every update scaled to the same RMS", math.inf] = method("clipped SGD", args, lr=1e9, token_clip="none")
+    cells["Adam", None] = method("Adam", args)
+    main = {key: seeds(run, args) if key[0] not in ("token clip", "update clip", "global norm") else [run]
+            for key, run in cells.items()}
+    execute([run for runs in main.values() for run in runs], args)
+    adam = main["Adam", None]
+    rows, lines = [], []
+    for (clip, rate), runs in main.items():
+        gaps = [gap_to(a, run) for a, run in zip(adam, runs)]
+        rows += [{**run.row(a), "cell": clip, "clipped_tensors": run.mean("clipped_tensors"),
+                  "clipped_rows": run.mean("clipped_rows")} for a, run in zip(adam, runs)]
+        losses = [run.loss for run in runs]
+        lines.append((clip, {None: f"{runs[0].settings['lr']:g}", math.inf: "any"}.get(rate, f"{rate or 0:g}"),
+                      plus_minus(losses, ".3f") if math.inf not in losses else runs[0].verdict,
+                      plus_minus(gaps, "+.1%"), str(len(runs)), number(runs[0].mean("clipped_tensors"), ".0%"),
+                      number(runs[0].mean("clipped_rows"), ".0%")))
+    table = markdown(("clip", "learning rate", "validation loss", "gap to Adam", "seeds", "tensors clipped",
+                      "token rows clipped"), lines)
+
+    def draw(axes):
+        names = list(dict.fromkeys(clip for clip, _ in main))[::-1]
+        for (clip, rate), runs in main.items():
+            mark, fill = ("o", "none") if rate == small else ("o", "black") if rate == large else ("D", "black")
+            y = names.index(clip)
+            for run in runs:
+                if run.loss < math.inf:
+                    axes.plot(run.loss, y, mark, color="black", markerfacecolor=fill)
+            if all(run.loss == math.inf for run in runs):
+                axes.text(0.98, y, f"lr {rate:g} diverged", transform=axes.get_yaxis_transform(), ha="right",
+                          va="center", fontsize=8)
+        axes.set(yticks=range(len(names)), yticklabels=names, xlabel="final validation loss (nats per token)")
+        axes.set_title(f"open: lr {small:g}, SGD's largest stable; full: lr {large:g}", fontsize=9)
+    return Page(table, rows, [run for runs in main.values() for run in runs],
+                f"The clips and the learning rate (token clip {token:g}, update clip {update:g}, global norm "
+                f"{main['global norm', large][0].settings['grad_clip']:g}), beside Adam; shares clipped are means "
+                "over the run.", draw)
 
 
-# ---- output ---------------------------------------------------------------------------------------------------------
-
-def markdown(head, rows):
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
-
-
-def percent(x):
-    return "-" if x is None else f"{x:+.1%}"
+def sizes(args):
+    """Batch sizes that span a factor of 64 around the scale's, with the steps that keep the number of tokens."""
+    s = {**SCALES[args.scale], **args.override}
+    batch, steps = s["batch_size"], s["steps"]
+    return [{"batch_size": size, "steps": steps * batch // size, "eval_every": max(1, steps * batch // size // 5)}
+            for size in (max(1, batch // 16), max(1, batch // 4), batch, 4 * batch)]
 
 
-def publish(name, args, table, rows, draw, caption, runs):
-    """Print the table; write results/SCALE/NAME.md, .json and .png."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    ran = [run for run in runs if run.final]
-    if not ran:
-        sys.exit(f"tables.py: none of the {len(runs)} runs finished, the last one with: {runs[-1].error}")
-    config = json.loads((ran[0].out / "config.json").read_text())
-    s, seq_len = config["settings"], json.loads((Path(args.data) / "meta.json").read_text())["seq_len"]
-    caption += (f" {s['model']}, {s['steps']} steps of {s['batch_size']} x {seq_len} tokens of {Path(args.data).name}; "
-                f"{len(runs)} runs, seed {s['seed']}.")
-    source = (f"{config['device']}; torch {config['versions']['torch']}; {config['started'][:10]}; "
-              f"commit {config['git_commit']}")
-    command = " ".join([f"python tables.py {name} --scale={args.scale} --data={args.data}",
-                        *(f"--{k}={v}" for k, v in args.override.items())])
+def batch(args):
+    names, every = ("Adam", "SGD", "SGD with momentum", "clipped SGD"), []
+    best = {name: [] for name in names}
+    shapes = sizes(args)
+    for shape in shapes:
+        for name in names:
+            start = {"lr": best[name][-1].settings["lr"]} if best[name] else {}
+            run, tried = search(name, args, axes=False, **shape, **start)
+            best[name].append(run)
+            every += tried
+    rows = [run.row(adam) | {"best": run in best[run.label]} for run in every
+            for adam in best["Adam"] if adam.settings["batch_size"] == run.settings["batch_size"]]
+    table = markdown(("sequences a batch", *(f"{name}: loss (lr), gap" for name in names)),
+                     [(str(shape["batch_size"]), *(f"{best[name][i].verdict} ({best[name][i].settings['lr']:g}), "
+                                                   f"{percent(gap_to(best['Adam'][i], best[name][i]))}"
+                                                   for name in names)) for i, shape in enumerate(shapes)])
 
-    folder = Path("results") / args.scale
-    folder.mkdir(parents=True, exist_ok=True)
-    other = [Path(args.data).name] * (args.data != "data/python") + [f"{k}{v}" for k, v in args.override.items()]
-    stem = folder / "-".join([name, *other])
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    draw(axes)
-    axes.grid(alpha=0.3)
-    axes.set_title(caption, fontsize=9, wrap=True)
-    figure.savefig(f"{stem}.png", dpi=150)
-    Path(f"{stem}.md").write_text(f"{caption}\n\n{table}\n\n`{command}`; {source}\n")
-    Path(f"{stem}.json").write_text(json.dumps({"command": command, "config": config, "rows": rows}, indent=1) + "\n")
-    print(f"\n{caption}\n\n{table}\n\n{source}\n{stem}.md, .json, .png")
+    def draw(axes):
+        for name in names[1:]:
+            color, dash, mark = METHODS[name]["line"]
+            axes.plot([run.settings["batch_size"] for run in best[name]],
+                      [100 * (gap_to(adam, run) or math.nan) for adam, run in zip(best["Adam"], best[name])], dash,
+                      color=color, marker=mark, label=name)
+        axes.axhline(0, color="black", linewidth=1)
+        axes.set(xscale="log", xlabel="batch size (sequences)", ylabel="gap to Adam (% of its loss)",
+                 xticks=[shape["batch_size"] for shape in shapes],
+                 xticklabels=[shape["batch_size"] for shape in shapes])
+        axes.minorticks_off()
+        axes.legend()
+    return Page(table, rows, every, "The gap to Adam against the batch size at a fixed number of tokens, each method "
+                "at its best learning rate at that size.", draw)
+
+
+def dynamics(args):
+    shapes = sizes(args)
+    chosen = {"small batch": shapes[0], "large batch": shapes[2]}
+    runs = {(name, size): search(name, args, axes=False, **shape)[0]
+            for size, shape in chosen.items() for name in ("Adam", "clipped SGD")}
+    looks = {"grad_norm": "gradient norm", "weight_to_gradient": "weight-to-gradient ratio",
+             "effective_lr": "effective learning rate", "imbalance": "token-class imbalance"}
+    rows, lines = [], []
+    for (name, size), run in runs.items():
+        middle = {k: statistics.median([x[k] for x in run.steps if x.get(k) is not None] or [math.nan]) for k in looks}
+        bursts = spikes([x["grad_norm"] for x in run.steps])
+        rows.append(run.row(runs["Adam", size]) | {"size": size, "spikes": bursts, **middle})
+        lines.append((name, f"{run.settings['batch_size']}", f"{run.settings['lr']:g}", run.verdict,
+                      *(f"{middle[k]:.3g}" for k in looks), f"{len(bursts)} of {max(0, len(run.steps) - 100)}"))
+    table = markdown(("method", "batch", "lr", "validation loss", *(f"{v} (median)" for v in looks.values()),
+                      "spikes among the steps from 100 on"), lines)
+
+    def draw(axes):
+        for each, (key, title) in zip(axes, looks.items()):
+            for (name, size), run in runs.items():
+                color = METHODS[name]["line"][0]
+                steps = [x for x in run.steps if x.get(key) is not None]
+                tokens = [x["tokens"] / 1e6 for x in steps]
+                each.plot(tokens, [x[key] for x in steps], "-" if size == "large batch" else ":", color=color,
+                          linewidth=1.6 if size == "large batch" else 0.9,
+                          label=f"{name}, batch {run.settings['batch_size']}")
+                if key == "grad_norm":
+                    for i in spikes([x["grad_norm"] for x in run.steps]):
+                        each.plot(tokens[i], steps[i][key], "x", color="red", markersize=5)
+            each.set(yscale="log", xlabel="million tokens", title=title)
+        axes[0].legend(fontsize=8)
+    return Page(table, rows, list(runs.values()), "Along training, in small and in large batches, each at its best "
+                "learning rate; a spike (red x) exceeds 5 times the median norm of the 100 steps before.", draw, 4)
+
+
+ARTEFACTS = {f.__name__: f for f in (demo, gap, lr, ablation, batch, dynamics)}
+
+
+def value(text):
+    """A setting's text as a number where it is one."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
 
 
 def main():
@@ -207,13 +302,19 @@ def main():
     parser.add_argument("name", choices=ARTEFACTS)
     parser.add_argument("--scale", choices=SCALES, default="nano")
     parser.add_argument("--data", default="data/python", help="data directory, made by data/prepare.py")
+    parser.add_argument("--seeds", type=int, default=3, choices=range(1, 11), metavar="N", help="of the final runs [3]")
+    parser.add_argument("--nproc", type=int, default=1, help="processes of a run, by torchrun")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on a CPU")
+    parser.add_argument("--dry", action="store_true", help="print the commands of the runs that are missing")
     args, other = parser.parse_known_args()
-    args.override = dict(word.removeprefix("--").partition("=")[::2] for word in other)
-    if not all(word.startswith("--") and "=" in word for word in other) or {"lr", "out"} & set(args.override):
-        parser.error(f"{' '.join(other)}: give train.py's settings as --name=value; lr and out are the table's")
-    table, rows, draw, caption, runs = ARTEFACTS[args.name](args)
-    publish(args.name, args, table, rows, draw, caption, runs)
-    sys.exit(any(run.final is None for run in runs))
+    args.override = {name: value(text) for name, _, text in (word.removeprefix("--").partition("=") for word in other)}
+    if not all(word.startswith("--") and "=" in word for word in other) or {"lr", "out", "seed"} & set(args.override):
+        parser.error(f"{' '.join(other)}: give train.py's settings as --name=value; lr, seed and out are the table's")
+    page = ARTEFACTS[args.name](args)
+    if args.dry:
+        return print("a search, and the seeds of its best, go on from the best of these", file=sys.stderr)
+    publish(args.name, args, page)
+    sys.exit(any(run.final is None for run in page.runs))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import optim
+from diagnostics import Probe
 from loader import Batches, DataError, Sequences, eval_blocks
 from model import IGNORE, SIZES, Config, LLaMA
 from run import Folder, Log, UserError, World, describe
@@ -56,6 +57,7 @@ class Settings:
     eval_every: int = 50               # steps; also before the first and after the last
     eval_tokens: int = 100_000         # validation targets, the same each time
     log_every: int = 10                # steps between printed lines; metrics.jsonl has every step
+    diag_every: int = 10               # steps between looks at norms, ratios and imbalance: see diagnostics.py
     save_every: int = 100              # steps between checkpoints
     compile: bool = True               # torch.compile
     dtype: str = "auto"                # of training's matrix products: float32 or bfloat16; auto: bfloat16 on a GPU
@@ -64,7 +66,8 @@ class Settings:
 
 USES = {"clipped_sgd": ("momentum", "token_clip", "update_clip"), "sgd": ("momentum",),
         "adamw": ("beta1", "beta2", "weight_decay")}
-ELSEWHERE = ("out", "data", "micro_batch", "log_every", "save_every", "compile", "device")  # may change on resume
+ELSEWHERE = ("out", "data", "micro_batch", "log_every", "diag_every", "save_every", "compile",
+             "device")  # may change on resume
 
 
 # ---- settings -------------------------------------------------------------------------------------------------------
@@ -108,7 +111,7 @@ def parse(argv):
                  f"--{name} does nothing for --optimizer={s.optimizer}: drop it, or use {optimizer}")
     need("lr" in given or s.optimizer == "clipped_sgd", f"--lr is missing: --optimizer={s.optimizer} has no default")
     for name in ("lr", "token_clip", "update_clip", "grad_clip", "batch_size", "micro_batch", "steps", "eval_every",
-                 "eval_tokens", "log_every", "save_every"):
+                 "eval_tokens", "log_every", "diag_every", "save_every"):
         value = getattr(s, name)
         need(value is None or 0 < value < math.inf, f"--{name}={value}: it must be above 0")
     size = int(os.environ.get("WORLD_SIZE", 1))
@@ -184,7 +187,7 @@ def train(s):
     model = LLaMA(Config.named(s.model, valid.vocab_size)).to(device)
     optimizer = optim.build(s.optimizer, model, s.lr, **{name: getattr(s, name) for name in USES[s.optimizer]})
     optimizer.report = True
-    parameters = list(model.parameters())
+    parameters, probe = list(model.parameters()), Probe(model)
 
     # the folder: refuse another run's, leave a finished one alone, else go on where it stopped
     data_sha256 = hashlib.sha256((Path(s.data) / "meta.json").read_bytes()).hexdigest()
@@ -233,13 +236,16 @@ def train(s):
             total += part.detach()
 
         # step
+        looks = probe.before() if (step + 1) % s.diag_every == 0 else {}
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if s.grad_clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, s.grad_clip, norm)
         optimizer.step()
+        if looks:
+            looks |= probe.after()
         optimizer.zero_grad(set_to_none=True)
         clipped = {f"clipped_{k}": v for k, v in getattr(optimizer, "clipped", {}).items() if v is not None}
-        log.add(optimizer.param_groups[0]["lr"], {"train_loss": total, "grad_norm": norm, **clipped})
+        log.add(optimizer.param_groups[0]["lr"], {"train_loss": total, "grad_norm": norm, **clipped}, looks)
 
         # log, evaluate, save
         step += 1

@@ -1,10 +1,11 @@
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 
 from conftest import ROOT, TINY, metrics, python, settings
-from tables import Run
+from sweep import LADDER, Run, interval, neighbours, plus_minus, spikes, tune
 
 TABLES = ROOT / "tables.py"
 
@@ -70,9 +71,43 @@ def test_a_failed_run_is_shown_and_stops_nothing(demo):
     assert re.search(r"\| clipped SGD \| 100 \| \d\.\d+ \| - \|", done.stdout)  # no Adam, no gap to it
 
 
+def test_the_search_ends_where_no_neighbour_is_better(stream, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = SimpleNamespace(nproc=1, jobs=2, dry=False, override={})
+    base = {**TINY, "steps": 4, "data": str(stream), "seed": 42, "optimizer": "adamw"}
+    best, tried = tune(lambda lr=0.1, beta2=0.9: Run("Adam", {**base, "lr": lr, "beta2": beta2}),
+                       {"lr": LADDER, "beta2": (0.5, 0.9)}, args)
+    at = {(run.settings["lr"], run.settings["beta2"]): run.loss for run in tried}
+    assert len(at) == len(tried) and best.loss == min(at.values()) < at[0.1, 0.9]
+    lr, beta2 = best.settings["lr"], best.settings["beta2"]
+    assert {(near, beta2) for near in neighbours(LADDER, lr)} | {(lr, 0.5), (lr, 0.9)} <= set(at)
+
+
+def test_neighbours_of_a_value_on_the_ladder_and_off_it():
+    assert neighbours((1, 3, 10), 3) == [1, 10] and neighbours((1, 3, 10), 5) == [3, 10]
+    assert neighbours((1, 3, 10), 10) == [3] and neighbours(LADDER, 100.0) == [31.6, 316.0]
+
+
+def test_statistics_are_those_computed_by_hand():
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.303 / 3 ** 0.5))  # deviation 1, t(2) = 4.303
+    assert interval([4.0, 4.5]) == pytest.approx((4.25, 12.706 * 0.25)) and interval([7.0]) == (7.0, None)
+    assert plus_minus([0.01, 0.02, 0.03], "+.1%") == "+2.0% ± 2.5%" and plus_minus([1.0, None], ".3f") == "-"
+    norms = [1.0] * 100 + [5.0, 5.1, 1.0, 20.0]
+    assert spikes(norms) == [101, 103] and spikes(norms[:100]) == []
+
+
+def test_a_dry_run_prints_the_commands_and_does_nothing(tmp_path):
+    done = python(TABLES, "gap", "--scale=1b", "--data=data/c4", "--nproc=8", "--dry", cwd=tmp_path)
+    assert done.returncode == 0 and not list(tmp_path.iterdir()), done.stderr
+    lines = done.stdout.splitlines()
+    assert all("-m torch.distributed.run --standalone --nproc_per_node=8" in line for line in lines)
+    paper = "--optimizer=clipped_sgd --lr=300.0 --token_clip=0.001 --update_clip=0.0002"
+    assert any(paper in line and "--batch_size=4096 --steps=19125" in line for line in lines)
+
+
 def test_a_diverged_run_is_a_result(stream, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = Run("SGD", {**TINY, "data": str(stream), "optimizer": "sgd", "lr": 1e4})
-    run.start()
+    run.start(SimpleNamespace(nproc=1, jobs=1))
     row = run.row(adam=run)
     assert run.verdict.startswith("diverged at step") and row["status"] == "diverged" and row["val_loss"] is row["gap"] is None

@@ -14,6 +14,8 @@ import torch
 
 import train
 from conftest import ROOT, TINY, metrics, one_line, settings
+from diagnostics import Probe
+from model import Config, LLaMA
 
 SCRIPT = ROOT / "train.py"
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -340,3 +342,21 @@ def test_help_lists_every_setting(capsys):
     out = capsys.readouterr().out
     assert not e.value.code and all(f"--{name} " in out and f"[{getattr(train.Settings, name)}]" in out for name in train.Settings.__dataclass_fields__)
     assert all(k in train.Settings.__dataclass_fields__ for k in TINY)
+
+
+def test_the_looks_are_what_they_say(stream, tmp_path):
+    """Plain SGD's effective learning rate is its learning rate; the others against the definitions, on one batch."""
+    out = tmp_path / "run"
+    here(data=stream, out=out, optimizer="sgd", momentum=0, lr=0.1, diag_every=3)
+    lines = [line for line in metrics(out) if "effective_lr" in line]
+    assert [line["step"] for line in lines] == [3, 6, 9, 12]
+    for line in lines:
+        assert line["effective_lr"] == pytest.approx(line["lr"], rel=1e-4)
+    model = LLaMA(Config(hidden=32, ffn=48, layers=1, heads=2, vocab_size=97))
+    tokens = torch.randint(97, (4, 16))
+    model(tokens, tokens).backward()
+    looks = Probe(model).before()
+    ratios = [(p.norm() / p.grad.norm()).item() for p in model.parameters()]
+    rows = model.lm_head.weight.grad.norm(dim=1)
+    assert looks["weight_to_gradient"].item() == pytest.approx(sum(ratios) / len(ratios), rel=1e-4)
+    assert looks["imbalance"].item() == pytest.approx((rows.max() / rows.mean()).item(), rel=1e-4)

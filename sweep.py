@@ -1,0 +1,267 @@
+"""What every table needs: runs of train.py, a search over their settings, statistics, and the page that comes of it.
+
+A run is one call of train.py in a folder under runs/ named by all of its settings, so finished runs are not repeated
+and killed ones go on where they stopped.
+"""
+import hashlib
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent  # train.py's; runs/ and results/ are in the current folder
+LADDER = tuple(float(f"{10 ** (k / 2):.3g}") for k in range(-12, 11))  # learning rates, in steps of sqrt(10)
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+class Run:
+    """One run of train.py: its settings, and once over `final` (its last line), `steps` and `evals` (the rest)."""
+
+    def __init__(self, label, settings, axes=("lr",)):
+        self.label, self.settings, self.axes, self.error = label, settings, axes, None  # axes: what a search may change
+        self.final, self.evals, self.steps = None, [], []
+        meta = Path(settings["data"]) / "meta.json"
+        key = json.dumps(settings, sort_keys=True) + (meta.read_text() if meta.exists() else "")
+        name = "-".join(f"{settings[k]}" for k in ("model", "optimizer", "lr", "seed") if k in settings)
+        self.out = Path("runs") / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+
+    def read(self):
+        """Take in the metrics. True if the run is over."""
+        self.final, self.evals, self.steps = None, [], []
+        path = self.out / "metrics.jsonl"
+        for text in path.read_text().splitlines() if path.exists() else []:
+            try:
+                line = json.loads(text)
+            except ValueError:  # torn by a crash: train.py will write it again
+                break
+            if line.get("final"):
+                self.final = line
+            else:
+                (self.evals if "val_tokens" in line else self.steps).append(line)
+        return self.final is not None
+
+    def command(self, args):
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}"]
+        return [*(torchrun if args.nproc > 1 else []), os.path.relpath(HERE / "train.py"),
+                *(f"--{k}={v}" for k, v in {**self.settings, "out": self.out}.items())]
+
+    def start(self, args, mark=""):
+        """Run train.py; what it says goes to the terminal, and its last line into `error` if it fails."""
+        threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))} if args.jobs > 1 else {}
+        last = ""
+        with subprocess.Popen([sys.executable, *self.command(args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              text=True, env={**os.environ, **threads}) as process:
+            for last in process.stdout:
+                print(f"   {mark} {last}", end="", flush=True)
+        if process.returncode or not self.read():
+            self.error = last.strip() or f"exit status {process.returncode}"
+            print(f"   {mark} FAILED: {self.error}", file=sys.stderr)
+
+    @property
+    def loss(self):
+        """Final validation loss in nats; infinite if the run diverged or failed."""
+        return self.final["val_loss"] if self.final and self.final["status"] == "done" else math.inf
+
+    @property
+    def verdict(self):
+        if self.final is None:
+            return f"failed: {self.error}"
+        return f"{self.loss:.3f}" if self.final["status"] == "done" else f"diverged at step {self.final['step']}"
+
+    @property
+    def tuned(self):
+        return ", ".join(f"{k} {self.settings[k]:g}" for k in self.axes if isinstance(self.settings.get(k), float))
+
+    @property
+    def tok_per_s(self):
+        return statistics.median(x["tok_per_s"] for x in self.steps) if self.steps else None
+
+    @property
+    def tokens_per_step(self):
+        return self.steps[0]["tokens"] // self.steps[0]["step"] if self.steps else 0
+
+    def mean(self, name):
+        """The mean over the run of what some steps' lines have, or None."""
+        values = [x[name] for x in self.steps if x.get(name) is not None]
+        return statistics.fmean(values) if values else None
+
+    def row(self, adam=None):
+        """What the JSON has of every run; `gap` is (loss - Adam's) / Adam's."""
+        return {"method": self.label, **self.settings, "status": self.final["status"] if self.final else "failed",
+                "val_loss": self.loss if self.loss < math.inf else None, "gap": gap_to(adam, self),
+                "seconds": self.final["seconds"] if self.final else None, "tok_per_s": self.tok_per_s}
+
+
+def gap_to(adam, run):
+    return run.loss / adam.loss - 1 if adam and run.loss < math.inf and adam.loss < math.inf else None
+
+
+def execute(runs, args):
+    """Run what has not run yet, and say which of how many and how long it will take."""
+    todo = list({run.out: run for run in runs if not run.read()}.values())
+    began, done = time.monotonic(), []
+
+    def go(item):
+        number, run = item
+        left = (time.monotonic() - began) / len(done) * (len(todo) - len(done)) / 60 if done else None
+        print(f"[{number}/{len(todo)}] {run.label}, {run.tuned}, seed {run.settings['seed']}"
+              + (f", about {left:.0f} min left" if done else ""), flush=True)
+        run.start(args, f"{number}|" if args.jobs > 1 else "")
+        done.append(run)
+    if args.dry:
+        for run in todo:
+            print("python " + " ".join(run.command(args)))
+    else:
+        with ThreadPoolExecutor(args.jobs) as pool:
+            try:
+                list(pool.map(go, enumerate(todo, 1)))
+            except KeyboardInterrupt:  # the runs got it too, and are saving
+                pool.shutdown(cancel_futures=True)
+                sys.exit(130)
+    for run in runs:  # the same run may be there twice
+        run.read()
+    return runs
+
+
+# ---- search ---------------------------------------------------------------------------------------------------------
+
+def neighbours(ladder, value):
+    """The values of a ladder next below and next above one; that one need not be on it."""
+    below, above = [v for v in ladder if v < value * 0.99], [v for v in ladder if v > value * 1.01]
+    return below[-1:] + above[:1]
+
+
+def tune(make, axes, args):
+    """Search the best settings: along one axis after the other, to the next value up or down while that is better,
+    round and round until no neighbour on any axis is.
+
+    Args: make(**changes) -> Run; axes, {setting: ladder of values}. Returns the best run and all that were tried.
+    """
+    axes = {axis: ladder for axis, ladder in axes.items() if axis not in args.override}
+    best = make()
+    tried, moved = {best.out: best}, True
+    execute([best], args)
+    while moved:
+        moved = False
+        for axis, ladder in axes.items():
+            while True:
+                here = {k: best.settings[k] for k in axes}
+                near = execute([make(**{**here, axis: value}) for value in neighbours(ladder, here[axis])], args)
+                tried |= {run.out: run for run in near}
+                if args.dry or min(run.loss for run in near) >= best.loss:
+                    break
+                best, moved = min(near, key=lambda run: run.loss), True
+    return best, list(tried.values())
+
+
+def largest_stable(make, args):
+    """The largest learning rate of the ladder at which make(lr=...) does not diverge, up or down from its own."""
+    def diverges(lr):
+        return execute([make(lr=lr)], args)[0].loss == math.inf
+    lr = make().settings["lr"]
+    while not args.dry and diverges(lr):
+        lr = neighbours(LADDER, lr)[0]
+    while not args.dry and not diverges(above := neighbours(LADDER, lr)[-1]):
+        lr = above
+    return lr
+
+
+def seeds(run, args):
+    """The same run at each seed: other initial weights, another order of the data."""
+    return [Run(run.label, {**run.settings, "seed": run.settings["seed"] + i}, run.axes) for i in range(args.seeds)]
+
+
+# ---- statistics -----------------------------------------------------------------------------------------------------
+
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, two-sided 95%, by n - 1
+
+
+def interval(values):
+    """Mean and half-width of the 95% interval of at most ten numbers; no width if there is one."""
+    n = len(values)
+    return statistics.fmean(values), T95[n - 2] * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
+
+
+def plus_minus(values, form):
+    """`interval` as text; "-" if a value is missing."""
+    if not values or None in values or math.inf in values:
+        return "-"
+    mean, half = interval(values)
+    return f"{mean:{form}}" + (f" ± {half:{form.removeprefix('+')}}" if half is not None else "")
+
+
+def spikes(norms, window=100, factor=5):
+    """The steps, from 0, whose gradient norm exceeds `factor` times the median of the `window` before [ours]."""
+    return [i for i in range(window, len(norms))
+            if norms[i] > factor * statistics.median(norms[i - window:i])]
+
+
+# ---- pages ----------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Page:
+    """What an artefact comes to. `draw` gets the axes: one, or a list if there are several panels in a row."""
+    table: str
+    rows: list
+    runs: list
+    caption: str
+    draw: Callable
+    panels: int = 1
+
+
+def markdown(head, rows):
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def number(x, form):
+    return "-" if x is None else f"{x:{form}}"
+
+
+def percent(x):
+    return number(x, "+.1%")
+
+
+def publish(name, args, page):
+    """Print the table; write results/SCALE/NAME.md, .json and .png."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    ran = list({run.out: run for run in page.runs if run.final}.values())
+    if not ran:
+        sys.exit(f"tables.py: none of the {len(page.runs)} runs finished, the last one with: {page.runs[-1].error}")
+    config = json.loads((ran[0].out / "config.json").read_text())
+    s = ran[0].settings
+    sizes = sorted({run.settings["batch_size"] for run in ran})
+    length = ran[0].tokens_per_step // s["batch_size"]
+    steps = "/".join(str(n) for n in sorted({run.settings["steps"] for run in ran}, reverse=True))
+    caption = (f"{page.caption} {s['model']}, {steps} steps of {'/'.join(map(str, sizes))} x {length} tokens of "
+               f"{Path(args.data).name}; {len({run.out for run in page.runs})} runs, seed "
+               f"{', '.join(sorted({str(run.settings['seed']) for run in page.runs}))}.")
+    source = (f"{config['device']}; torch {config['versions']['torch']}; {config['started'][:10]}; "
+              f"commit {config['git_commit']}; {sum(run.final['seconds'] for run in ran) / 3600:.1f} hours of runs")
+    command = " ".join([f"python tables.py {name} --scale={args.scale} --data={args.data}",
+                        *(f"--{k}={v}" for k, v in args.override.items())])
+
+    folder = Path("results") / args.scale
+    folder.mkdir(parents=True, exist_ok=True)
+    other = [Path(args.data).name] * (args.data != "data/python") + [f"{k}{v}" for k, v in args.override.items()]
+    stem = folder / "-".join([name, *other])
+    figure, axes = plt.subplots(1, page.panels, figsize=(7 if page.panels == 1 else 4 * page.panels, 4.5),
+                                layout="constrained")
+    page.draw(axes)
+    for each in figure.axes:
+        each.grid(alpha=0.3)
+    figure.suptitle(caption, fontsize=9, wrap=True)
+    figure.savefig(f"{stem}.png", dpi=150)
+    Path(f"{stem}.md").write_text(f"{caption}\n\n{page.table}\n\n`{command}`; {source}\n")
+    Path(f"{stem}.json").write_text(json.dumps({"command": command, "config": config, "rows": page.rows}, indent=1)
+                                    + "\n")
+    print(f"\n{caption}\n\n{page.table}\n\n{source}\n{stem}.md, .json, .png")
