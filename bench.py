@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 import optim
+from diagnostics import Probe
 from loader import Batches, Sequences
 from model import SIZES, Config, LLaMA
 from run import Folder, Log, World
@@ -303,7 +304,7 @@ def overhead(args):
     model = LLaMA(Config.named(args.model, valid.vocab_size))
     model.compile()
     clipped = optim.build("clipped_sgd", model, 1e-9)
-    parameters = list(model.parameters())
+    parameters, probe = list(model.parameters()), Probe(model)
     x, y, targets = batches(0)
 
     def bare():
@@ -330,6 +331,7 @@ def overhead(args):
             "norm of the gradient": lambda: timed(
                 lambda: torch.nn.utils.get_total_norm([p.grad for p in parameters])),
             "share clipped": lambda: max(0.0, step(True) - step(False)),
+            "diagnostics, each 10 steps": lambda: timed(lambda: (probe.before(), probe.after())) / s.diag_every,
             "metrics.jsonl, each 10 steps": flush,
             "checkpoint, each 100 steps": lambda: timed(
                 lambda: log.folder.save(0, 0.0, None, model, clipped)) / s.save_every})
