@@ -27,7 +27,9 @@ batch: $(NEED)  ## the gap against the batch size at a fixed number of tokens: t
 
 dynamics: $(NEED)  ## norms, ratios, imbalance, spikes along training, in small and large batches: half an hour
 
-gap lr ablation batch dynamics:
+cost: .venv/installed  ## what one run of SCALE takes: parameters, FLOPs, memory, hours; nothing is run
+
+gap lr ablation batch dynamics cost:
 	$(TABLES) $@
 
 bench: $(DATA)  ## speed and memory beside peers: a quarter of an hour; `.venv/bin/pip install transformers` adds that peer
@@ -52,4 +54,4 @@ data/c4:
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.PHONY: help demo gap lr ablation batch dynamics bench test test-runs test-rest data/python
+.PHONY: help demo gap lr ablation batch dynamics cost bench test test-runs test-rest data/python

@@ -32,14 +32,7 @@ from run import Folder, Log, World
 
 HERE = Path(__file__).resolve().parent
 SHAPES = {"nano": (4096, 64, 128), "60m": (32000, 8, 256)}  # vocabulary, sequences, length; others: as the paper
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, FLOP/s, from the makers' sheets
-
-
-def flops_per_token(size, vocab, length):
-    """Forward and backward: 6 per weight in a matrix product, and causal attention, half of 12 * layers * T * hidden;
-    the embedding's look-up and all that is not a product count for nothing."""
-    hidden, ffn, layers, _ = SIZES[size]
-    return 6 * (layers * (4 * hidden**2 + 3 * hidden * ffn) + vocab * hidden) + 6 * layers * length * hidden
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, FLOP/s, from the maker's sheets
 
 
 def sync():
@@ -195,7 +188,7 @@ def train(args):
         print("no transformers here, so without that peer: `.venv/bin/pip install transformers` and again")
     if device == "cpu":
         names += ["this repo, 2 processes of 1 thread", "this repo, bfloat16"]
-    need = flops_per_token(args.model, vocab, T)
+    need = Config.named(args.model, vocab).flops_per_token(T)
     with tempfile.TemporaryDirectory() as folder:
         peers = {name: Peer(name, args.model, shape, device, folder) for name in names}
         first = peers["this repo"].speed(1)

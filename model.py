@@ -41,6 +41,21 @@ class Config:
     def named(cls, name, vocab_size):
         return cls(*SIZES[name], vocab_size)
 
+    @property
+    def matrices(self):
+        """The number of weights in matrix products: the layers' and the output layer's."""
+        return self.layers * (4 * self.hidden**2 + 3 * self.hidden * self.ffn) + self.vocab_size * self.hidden
+
+    @property
+    def parameters(self):
+        """Their number: those, the embedding and the gains of the norms."""
+        return self.matrices + self.vocab_size * self.hidden + (2 * self.layers + 1) * self.hidden
+
+    def flops_per_token(self, length):
+        """FLOPs of forward and backward: 6 a weight in a product, and 6 * layers * length * hidden for attention, half
+        of all pairs since it is causal. Look-ups and elementwise work count for nothing."""
+        return 6 * self.matrices + 6 * self.layers * length * self.hidden
+
 
 class RMSNorm(nn.Module):
     def __init__(self, dim, eps=1e-6):

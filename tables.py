@@ -11,9 +11,11 @@ results/SCALE/NAME.md, .json and .png. A run is one call of train.py in a folder
 settings, so finished runs are not repeated and killed ones go on where they stopped.
 """
 import argparse
+import json
 import math
 import statistics
 import sys
+from pathlib import Path
 
 from sweep import (LADDER, Page, Run, execute, gap_to, largest_stable, markdown, number, percent, plus_minus, publish,
                    seeds, spikes, tune)
@@ -284,7 +286,66 @@ def dynamics(args):
                 "learning rate; a spike (red x) exceeds 5 times the median norm of the 100 steps before.", draw, 4)
 
 
-ARTEFACTS = {f.__name__: f for f in (demo, gap, lr, ablation, batch, dynamics)}
+# ---- before anything is run -----------------------------------------------------------------------------------------
+
+def memory(s, vocab, length, gpu=True):
+    """Bytes on each device: weights, gradients, optimizer state, activations of a micro-batch, a chunk of logits.
+
+    Activations: 7 * hidden + 3 * ffn numbers a token and layer, of 2 bytes under bf16 autocast, 4 in fp32 [ours: fitted
+    to the peak of nano on a CPU, not checked on a GPU]. Logits: 4,096 rows (256 on a CPU) in fp32, twice, and in bf16.
+    """
+    from model import Config
+    c = Config.named(s["model"], vocab)
+    state = {"adamw": 8, "sgd": 4, "clipped_sgd": 4}[s["optimizer"]] if s.get("momentum", 1) else 0
+    rows = (s.get("micro_batch") or s["batch_size"]) * length
+    return {"weights": 4 * c.parameters, "gradients": 4 * c.parameters, "optimizer state": state * c.parameters,
+            "activations": (2 if gpu else 4) * rows * c.layers * (7 * c.hidden + 3 * c.ffn),
+            "logits": (4096 * 10 if gpu else 256 * 12) * vocab}
+
+
+def shape(args):
+    """Vocabulary and length: the data's, or where there is none yet the paper's."""
+    meta = Path(args.data) / "meta.json"
+    found = json.loads(meta.read_text()) if meta.exists() else {"vocab_size": 32000, "seq_len": 256}
+    return found["vocab_size"], found["seq_len"]
+
+
+def cost(args):
+    """Prints what one run takes; nothing is run."""
+    from model import Config
+    vocab, length = shape(args)
+    s = method("Adam", args).settings
+    c, tokens = Config.named(s["model"], vocab), s["steps"] * s["batch_size"] * length
+    flops = c.flops_per_token(length) * tokens
+    of = {name: memory(method(name, args).settings, vocab, length, args.scale != "nano")
+          for name in ("Adam", "clipped SGD")}
+    lines = [("parameters", f"{c.parameters:,}"),
+             ("tokens", f"{tokens:,} ({s['steps']} x {s['batch_size']} x {length})"),
+             ("FLOPs a token", f"{c.flops_per_token(length):.3g} (6 a weight in a product, "
+              "and 6 x layers x length x hidden)"), ("FLOPs", f"{flops:.3g}"),
+             (f"hours on {args.gpus} x {args.peak:.3g} FLOP/s at {args.mfu:.0%} of it",
+              f"{flops / (args.gpus * args.peak * args.mfu) / 3600:,.2f}")]
+    lines += [(f"{part}, GiB a device", ", ".join(f"{parts[part] / 2**30:.2f} ({name})" for name, parts in of.items())
+               if part == "optimizer state" else f"{of['Adam'][part] / 2**30:.2f}") for part in of["Adam"]]
+    lines.append(("together, GiB a device", ", ".join(f"{sum(parts.values()) / 2**30:.2f} ({name})"
+                                                      for name, parts in of.items())))
+    print(markdown((f"one run of {args.scale}", f"micro-batch {s.get('micro_batch') or s['batch_size']}"), lines))
+
+
+def check_memory(args):
+    """Refuse a scale beyond nano where no GPU can hold it."""
+    import torch
+    vocab, length = shape(args)
+    s = method("Adam", args).settings
+    need = sum(memory(s, vocab, length).values()) / 2**30
+    have = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 0
+    if need > have:
+        sys.exit(f"tables.py: {args.scale} needs about {need:.0f} GiB of GPU memory at --micro_batch={s['micro_batch']} "
+                 f"and there is {f'{have:.0f} GiB' if have else 'no GPU'} here: lower --micro_batch, print the "
+                 f"commands with --dry, or run it on the CPU with --device=cpu")
+
+
+ARTEFACTS = {f.__name__: f for f in (demo, gap, lr, ablation, batch, dynamics, cost)}
 
 
 def value(text):
@@ -305,12 +366,19 @@ def main():
     parser.add_argument("--seeds", type=int, default=3, choices=range(1, 11), metavar="N", help="of the final runs [3]")
     parser.add_argument("--nproc", type=int, default=1, help="processes of a run, by torchrun")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on a CPU")
+    parser.add_argument("--gpus", type=int, default=8, help="cost: how many")
+    parser.add_argument("--peak", type=float, default=989e12, help="cost: their FLOP/s [an H100's, dense bf16]")
+    parser.add_argument("--mfu", type=float, default=0.4, help="cost: the share of it that is reached")
     parser.add_argument("--dry", action="store_true", help="print the commands of the runs that are missing")
     args, other = parser.parse_known_args()
     args.override = {name: value(text) for name, _, text in (word.removeprefix("--").partition("=") for word in other)}
     if not all(word.startswith("--") and "=" in word for word in other) or {"lr", "out", "seed"} & set(args.override):
         parser.error(f"{' '.join(other)}: give train.py's settings as --name=value; lr, seed and out are the table's")
+    if args.scale != "nano" and args.name != "cost" and not args.dry and args.override.get("device") != "cpu":
+        check_memory(args)
     page = ARTEFACTS[args.name](args)
+    if page is None:  # cost
+        return
     if args.dry:
         return print("a search, and the seeds of its best, go on from the best of these", file=sys.stderr)
     publish(args.name, args, page)

@@ -12,7 +12,9 @@ from model import IGNORE, SIZES, Config, LLaMA
 def test_parameter_counts_are_the_papers(name, count):
     with torch.device("meta"):
         model = LLaMA(Config.named(name, vocab_size=32_000))
-    assert sum(p.numel() for p in model.parameters()) == count
+    assert sum(p.numel() for p in model.parameters()) == count == model.config.parameters
+    products = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed_tokens" not in name]
+    assert model.config.flops_per_token(0) == 6 * sum(p.numel() for p in products)
 
 
 def test_names_are_hugging_faces():

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from conftest import ROOT, TINY, metrics, python, settings
+from conftest import ROOT, TINY, metrics, one_line, python, settings
 from sweep import LADDER, Run, interval, neighbours, plus_minus, spikes, tune
 
 TABLES = ROOT / "tables.py"
@@ -103,6 +103,16 @@ def test_a_dry_run_prints_the_commands_and_does_nothing(tmp_path):
     assert all("-m torch.distributed.run --standalone --nproc_per_node=8" in line for line in lines)
     paper = "--optimizer=clipped_sgd --lr=300.0 --token_clip=0.001 --update_clip=0.0002"
     assert any(paper in line and "--batch_size=4096 --steps=19125" in line for line in lines)
+
+
+def test_cost_and_a_scale_that_does_not_fit(tmp_path):
+    done = python(TABLES, "cost", "--scale=1b", "--data=data/c4", "--gpus=16", "--mfu=0.5", cwd=tmp_path)
+    assert done.returncode == 0 and "| parameters | 1,339,082,752 |" in done.stdout
+    flops = 20_054_016_000 * (6 * (1_339_082_752 - 49 * 2048 - 32_000 * 2048) + 6 * 24 * 256 * 2048)
+    assert f"| {flops / (16 * 989e12 * 0.5) / 3600:.2f} |" in done.stdout
+    refused = python(TABLES, "gap", "--scale=1b", "--data=data/c4", "--micro_batch=4096", cwd=tmp_path)
+    one_line(refused, "1b", "GiB", "--micro_batch")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_diverged_run_is_a_result(stream, tmp_path, monkeypatch):
