@@ -32,8 +32,8 @@ cost: .venv/installed  ## what one run of SCALE takes: parameters, FLOPs, memory
 gap lr ablation batch dynamics cost:
 	$(TABLES) $@
 
-bench: $(DATA)  ## speed and memory beside peers: a quarter of an hour; `.venv/bin/pip install transformers` adds that peer
-	$(PY) bench.py --data=$(DATA)
+bench: $(DATA)  ## speed and memory beside peers (.venv/bin/pip install transformers: one more): a quarter of an hour
+	$(PY) bench.py --model=$(SCALE) --data=$(DATA)
 
 test: .venv/installed  ## the tests: two minutes
 	@$(MAKE) --no-print-directory -j2 test-runs test-rest

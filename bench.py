@@ -4,12 +4,15 @@
     python bench.py train --model=60m        # one part
     python bench.py train --model=130m --batch=64    # on a GPU: bfloat16, and the share of its peak (MFU)
 
-Each row is the median of --rounds rounds, taken in turn (A B A B) so that a slow minute of a shared machine falls on
-all alike, with the smallest and the largest; a ratio is the median of the ratios within a round.
+Each number is the median of --rounds rounds, taken in turn (A B A B) so that a slow minute of a shared machine falls on
+all alike, with the smallest and the largest; a ratio is the median of the ratios within a round, not of the medians.
 """
 import argparse
+import importlib.metadata
 import importlib.util
+import math
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -26,13 +29,13 @@ import torch.nn.functional as F
 
 import optim
 from diagnostics import Probe
-from loader import Batches, Sequences
+from loader import Batches, DataError, Sequences
 from model import SIZES, Config, LLaMA
-from run import Folder, Log, World
+from run import Folder, Log, World, hardware
 
 HERE = Path(__file__).resolve().parent
 SHAPES = {"nano": (4096, 64, 128), "60m": (32000, 8, 256)}  # vocabulary, sequences, length; others: as the paper
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, FLOP/s, from the maker's sheets
+PEAK = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}  # dense bf16, FLOP/s
 
 
 def sync():
@@ -60,7 +63,7 @@ def in_turn(rounds, measures):
 
 
 def ratio(a, b):
-    return f"{statistics.median(x / y for x, y in zip(a, b)):.2f}"
+    return spread([x / y for x, y in zip(a, b)], ".2f")
 
 
 def spread(numbers, form=",.0f"):
@@ -82,6 +85,8 @@ def matrix_rate(device):
     ways = [lambda: torch.mm(a, a, out=out)]
     if device == "cpu":
         ways.append(lambda: np.matmul(a.numpy(), a.numpy(), out=out.numpy()))
+    for way in ways:
+        way()
     return 2 * n**3 / min(timed(way, 10) for way in ways)
 
 
@@ -96,7 +101,8 @@ def train_step(peer, size, shape, device, bf16):
             hidden, ffn, layers, heads = SIZES[size]
             model = LlamaForCausalLM(LlamaConfig(
                 vocab_size=vocab, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
-                num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=T, use_cache=False))
+                num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=T, use_cache=False,
+                tie_word_embeddings=False))
             run = torch.compile(model) if peer.endswith("compiled") else model
 
             def loss():
@@ -121,25 +127,34 @@ def train_step(peer, size, shape, device, bf16):
         value.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        return value.detach()
     return step
+
+
+def peak_memory(device):
+    """Bytes: on a GPU what PyTorch had at most; else of the whole process, Python and libraries included."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():  # unlike getrusage's, not what the parent had before
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
 
 
 def worker(pipe, rank, ranks, folder, args):
     """A process that takes n steps of a peer when told n; so each has its own peak of memory."""
     if ranks > 1:
-        torch.set_num_threads(1)
+        torch.set_num_threads(max(1, os.cpu_count() // ranks))
         torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=ranks)
     device = args[3]
     step = train_step(*args)
-    for _ in range(3):
-        step()
+    first = [step().item() for _ in range(3)][0]
+    assert abs(first - math.log(args[2][0])) < 0.5, f"{args[0]} starts at a loss of {first}"  # do all do the same?
     pipe.send(None)
     try:
         while True:
             seconds = timed(step, pipe.recv())
-            peak = torch.cuda.max_memory_allocated() if device == "cuda" else 1024 * resource.getrusage(
-                resource.RUSAGE_SELF).ru_maxrss
-            pipe.send((seconds, peak))
+            pipe.send((seconds, peak_memory(device)))
     except EOFError:  # the bench is over
         pass
 
@@ -148,6 +163,7 @@ class Peer:
     """A training step in its own process, or one half of it in each of two."""
 
     def __init__(self, name, size, shape, device, folder):
+        self.name = name
         ranks, bf16 = 2 if "processes" in name else 1, device == "cuda" or "bfloat16" in name
         shape = shape[0], shape[1] // ranks, shape[2]
         context, self.tokens = get_context("spawn"), ranks * shape[1] * shape[2]
@@ -167,7 +183,10 @@ class Peer:
             process.join()
 
     def ask(self):
-        return [pipe.recv() for pipe in self.pipes]
+        try:
+            return [pipe.recv() for pipe in self.pipes]
+        except EOFError:
+            sys.exit(f"bench.py: the process of `{self.name}` died; if memory ran out, lower --batch")
 
     def speed(self, n):
         for pipe in self.pipes:
@@ -185,9 +204,9 @@ def train(args):
     if importlib.util.find_spec("transformers"):
         names += ["transformers, compiled", "transformers, eager"]
     else:
-        print("no transformers here, so without that peer: `.venv/bin/pip install transformers` and again")
+        print("no transformers here, so without that peer: `pip install transformers` and run this again")
     if device == "cpu":
-        names += ["this repo, 2 processes of 1 thread", "this repo, bfloat16"]
+        names += ["this repo, 2 processes of half the threads", "this repo, bfloat16 (the others fp32)"]
     need = Config.named(args.model, vocab).flops_per_token(T)
     with tempfile.TemporaryDirectory() as folder:
         peers = {name: Peer(name, args.model, shape, device, folder) for name in names}
@@ -197,17 +216,21 @@ def train(args):
                         {name: lambda peer=peer: peer.speed(steps) for name, peer in peers.items()})
         for peer in peers.values():
             peer.close()
-    against = "transformers, compiled" if "transformers, compiled" in names else names[1]
-    rows = [(name, spread(found[name]), ratio(found[name], found[against]), ratio(found[name], found["limit"]),
-             f"{peers[name].memory / 2**20:,.0f}", f"{peers[name].memory / peers[against].memory:.2f}")
-            for name in names]
-    kind = next((k for k in PEAK if device == "cuda" and k in torch.cuda.get_device_name()), None)
-    share = statistics.median(found["this repo"]) * need / PEAK[kind] if kind else None
+    against = [name for name in names if name.endswith("compiled")]  # the peers that one would train with
+    kind = next((k for k in PEAK if device == "cuda" and torch.cuda.get_device_name() == k), None)
+
+    def share(name):
+        """Of the limit, which is fp32's on a CPU, and of the GPU's peak (MFU)."""
+        own = "-" if "bfloat16" in name else ratio(found[name], found["limit"])
+        return (own, f"{statistics.median(found[name]) * need / PEAK[kind]:.1%}") if kind else (own,)
     show(f"Training step, {args.model}: {shape[1]} x {T} tokens, vocabulary {vocab:,}, fused AdamW. Limit: "
          f"{statistics.median(found['limit']):,.0f} tokens/s, if all were matrix products at the rate measured in "
-         f"between ({statistics.median(found['limit']) * need / 1e9:,.0f} GFLOP/s)"
-         + (f"; {share:.1%} of the {kind}'s dense bf16 peak (MFU)" if kind else "") + ".",
-         ("", "tokens/s", f"x {against}", "x limit", "peak memory, MiB", f"x {against}"), rows)
+         f"between ({statistics.median(found['limit']) * need / 1e9:,.0f} GFLOP/s).",
+         ("", "tokens/s", *(f"x {name}" for name in against), "x limit", *(["MFU"] if kind else []),
+          "peak memory, MiB", *(f"x {name}" for name in against)),
+         [(name, spread(found[name]), *(ratio(found[name], found[other]) for other in against), *share(name),
+           f"{peers[name].memory / 2**20:,.0f}",
+           *(f"{peers[name].memory / peers[other].memory:.2f}" for other in against)) for name in names])
 
 
 # ---- the optimizer --------------------------------------------------------------------------------------------------
@@ -280,6 +303,8 @@ def start(args):
         with subprocess.Popen([sys.executable, HERE / "train.py", *words], stdout=subprocess.PIPE, text=True,
                               env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}) as run:
             lines = [(time.perf_counter() - began, line) for line in run.stdout]
+        if run.returncode:
+            sys.exit("bench.py: train.py failed, see above")
         return next(seconds for seconds, line in lines if line.startswith("step 1/1  loss"))
     with tempfile.TemporaryDirectory() as folder:
         cold = first_step(folder + "/cache", folder + "/0")
@@ -292,17 +317,21 @@ def overhead(args):
     """What train.py does beside the bare step, at its default intervals."""
     import train as script
     s = script.Settings(data=args.data, model=args.model)
-    world = World("cpu")
+    world = World("auto")
+    device = world.device
     batches, valid = script.open_data(s)
-    model = LLaMA(Config.named(args.model, valid.vocab_size))
+    model = LLaMA(Config.named(args.model, valid.vocab_size)).to(device)
     model.compile()
     clipped = optim.build("clipped_sgd", model, 1e-9)
     parameters, probe = list(model.parameters()), Probe(model)
     x, y, targets = batches(0)
+    x, y = x.to(device), y.to(device)
 
     def bare():
         clipped.zero_grad(set_to_none=True)
-        (model(x, y) / targets).backward()
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = model(x, y) / targets
+        loss.backward()
         clipped.step()
     bare(), bare()
     with tempfile.TemporaryDirectory() as folder:
@@ -311,28 +340,33 @@ def overhead(args):
 
         def step(report):
             clipped.report = report
-            return timed(clipped.step)
+            return timed(clipped.step, 10)
 
         def flush():
+            zero = torch.zeros((), device=device)
             for _ in range(s.log_every):
-                log.add(1.0, {"train_loss": torch.zeros(()), "grad_norm": torch.zeros(()),
-                              "clipped_tensors": torch.zeros(()), "clipped_rows": torch.zeros(())})
+                log.add(1.0, dict.fromkeys(("train_loss", "grad_norm", "clipped_tensors", "clipped_rows"), zero))
             return timed(lambda: log.flush(s.log_every, time.perf_counter() - 1)) / s.log_every
+        evaluation = f"evaluation, each {s.eval_every} steps"
         found = in_turn(args.rounds, {
             "forward, backward, optimizer": lambda: timed(bare, 3),
             "the batch": lambda: timed(lambda: batches(1)),
             "norm of the gradient": lambda: timed(
                 lambda: torch.nn.utils.get_total_norm([p.grad for p in parameters])),
-            "share clipped": lambda: max(0.0, step(True) - step(False)),
-            "diagnostics, each 10 steps": lambda: timed(lambda: (probe.before(), probe.after())) / s.diag_every,
-            "metrics.jsonl, each 10 steps": flush,
-            "checkpoint, each 100 steps": lambda: timed(
-                lambda: log.folder.save(0, 0.0, None, model, clipped)) / s.save_every})
-    bare_ms = found["forward, backward, optimizer"]
-    extra = [sum(numbers) for numbers in zip(*(found[name] for name in list(found)[1:]))]
-    show(f"A step of train.py at {args.model}.", ("", "ms a step", "x the bare step"),
-         [(name, spread([1e3 * t for t in numbers], ".2f"), ratio(numbers, bare_ms).replace("0.00", "< 0.01"))
-          for name, numbers in [*found.items(), ("all but the bare step", extra)]])
+            "share clipped": lambda: step(True) - step(False),
+            f"diagnostics, each {s.diag_every} steps": lambda: timed(
+                lambda: (probe.before(), probe.after())) / s.diag_every,
+            f"metrics.jsonl, each {s.log_every} steps": flush,
+            f"checkpoint, each {s.save_every} steps": lambda: timed(
+                lambda: log.folder.save(0, 0.0, None, model, clipped)) / s.save_every,
+            evaluation: lambda: timed(
+                lambda: script.evaluate(model, valid, s.eval_tokens, s.batch_size, world)) / s.eval_every})
+    bare_step = found["forward, backward, optimizer"]
+    extra = [sum(t) for t in zip(*(t for name, t in found.items() if name != evaluation and t is not bare_step))]
+    show(f"A step of train.py at {args.model}, on {device.type}.", ("", "ms a step", "x the bare step"),
+         [(name, spread([1e3 * t for t in numbers], ".2f"),
+           f"{statistics.median(t / b for t, b in zip(numbers, bare_step)):.4f}")
+          for name, numbers in [*found.items(), ("all but the bare step and the evaluation", extra)]])
 
 
 PARTS = {"train": train, "optimizer": optimizer, "data": data, "start": start, "overhead": overhead}
@@ -348,8 +382,18 @@ def main():
     args = parser.parse_args()
     if wrong := set(args.part) - set(PARTS):
         parser.error(f"no part {', '.join(wrong)}: choose from {', '.join(PARTS)}")
-    for name in args.part or PARTS:
+    parts = args.part or list(PARTS)
+    try:
+        if {"data", "start", "overhead"} & set(parts):
+            Sequences(args.data, "train")
+    except DataError as e:
+        sys.exit(f"bench.py: {e}")
+    for name in parts:
         PARTS[name](args)
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "transformers", "sentencepiece")
+                if importlib.util.find_spec(name)}
+    gpu = f"{torch.cuda.get_device_name()}; " if torch.cuda.is_available() else ""
+    print(f"\n{gpu}{hardware()}; {', '.join(f'{k} {v}' for k, v in versions.items())}; {time.strftime('%Y-%m-%d')}")
 
 
 if __name__ == "__main__":

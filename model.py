@@ -83,10 +83,11 @@ def rotate(x, cos, sin):
 
 
 def attend(q, k, v):
-    """Causal attention on q, k, v [B, heads, T, head_dim]."""
+    """Causal attention on q, k, v [B, heads, T, head_dim]. In bf16 on a CPU PyTorch's own is slow: there two batched
+    products, with all of the scores [B, heads, T, T] in memory."""
     if q.is_cuda or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5  # PyTorch's own is slow in bf16 on a CPU
+    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
     mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     return scores.where(mask, -torch.inf).softmax(-1).to(v.dtype) @ v
 
@@ -194,7 +195,9 @@ class OutputLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        (grad_h, grad_w), ctx.grads = ctx.grads, None  # in place, so once: a second backward fails
+        if ctx.grads is None:
+            raise RuntimeError("OutputLoss scales its gradients in place, so backward runs once for a forward")
+        (grad_h, grad_w), ctx.grads = ctx.grads, None
         return grad_h.mul_(grad_output), grad_w.mul_(grad_output), None, None, None, None
 
 

@@ -39,8 +39,9 @@ def update_foreach(params, grads, moments, lr, momentum, token_clip, update_clip
         norms = [torch.linalg.vector_norm(m, dim=-1, keepdim=True, dtype=torch.float32) for m in moments]
     if token_clip is not None:
         rows = [(token_clip / norm).clamp_(max=1.0) for norm in norms]
-        torch._foreach_mul_(norms, rows)
     if update_clip is not None:
+        if rows:
+            torch._foreach_mul_(norms, rows)
         steps = torch._foreach_reciprocal(torch._foreach_norm(norms))
         torch._foreach_mul_(steps, [update_clip * m.numel() ** 0.5 for m in moments])
         torch._foreach_clamp_max_(steps, lr)

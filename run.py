@@ -243,6 +243,13 @@ def clock(seconds):
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}".removeprefix("0:")
 
 
+def hardware():
+    """The processor's name, and how many threads PyTorch uses of it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    return f"{cpu[1] if cpu else platform.machine()}, {torch.get_num_threads()} threads"
+
+
 def describe(settings, world):
     """What config.json says of this run beside its identity: enough to repeat it."""
     try:
@@ -250,10 +257,8 @@ def describe(settings, world):
                                 capture_output=True).stdout.strip()
     except OSError:  # no git here
         commit = ""
-    cpuinfo = Path("/proc/cpuinfo")
-    cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    cpu = f"{cpu[1] if cpu else platform.machine()}, {torch.get_num_threads()} threads"
     return {"settings": asdict(settings),
-            "device": torch.cuda.get_device_name() if world.device.type == "cuda" else cpu, "world_size": world.size,
+            "device": torch.cuda.get_device_name() if world.device.type == "cuda" else hardware(),
+            "world_size": world.size,
             "git_commit": commit or "unknown", "started": time.strftime("%Y-%m-%d %H:%M:%S"),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -51,19 +52,22 @@ class Run:
     def command(self, args):
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}"]
         return [*(torchrun if args.nproc > 1 else []), os.path.relpath(HERE / "train.py"),
-                *(f"--{k}={v}" for k, v in {**self.settings, "out": self.out}.items())]
+                *(f"--{k}={'none' if v is None else v}" for k, v in {**self.settings, "out": self.out}.items())]
 
     def start(self, args, mark=""):
-        """Run train.py; what it says goes to the terminal, and its last line into `error` if it fails."""
-        threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))} if args.jobs > 1 else {}
-        last = ""
+        """Run train.py; what it says goes to the terminal, and if it fails its reason into `error`."""
+        threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs // args.nproc))} if args.jobs > 1 else {}
+        reason = ""
         with subprocess.Popen([sys.executable, *self.command(args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               text=True, env={**os.environ, **threads}) as process:
-            for last in process.stdout:
-                print(f"   {mark} {last}", end="", flush=True)
+            for line in process.stdout:
+                print(f"   {mark} {line}", end="", flush=True)
+                if line.startswith("train.py: ") or not reason.startswith("train.py: "):
+                    reason = line.strip().replace("|", "/")
         if process.returncode or not self.read():
-            self.error = last.strip() or f"exit status {process.returncode}"
+            self.error = reason or f"exit status {process.returncode}"
             print(f"   {mark} FAILED: {self.error}", file=sys.stderr)
+        return process.returncode
 
     @property
     def loss(self):
@@ -71,10 +75,14 @@ class Run:
         return self.final["val_loss"] if self.final and self.final["status"] == "done" else math.inf
 
     @property
+    def diverged(self):
+        return bool(self.final) and self.final["status"] == "diverged"
+
+    @property
     def verdict(self):
         if self.final is None:
             return f"failed: {self.error}"
-        return f"{self.loss:.3f}" if self.final["status"] == "done" else f"diverged at step {self.final['step']}"
+        return f"diverged at step {self.final['step']}" if self.diverged else f"{self.loss:.3f}"
 
     @property
     def tuned(self):
@@ -104,44 +112,58 @@ def gap_to(adam, run):
     return run.loss / adam.loss - 1 if adam and run.loss < math.inf and adam.loss < math.inf else None
 
 
+FAILED = {}  # folder: why, of the runs that failed under this command; they are not started again
+
+
 def execute(runs, args):
-    """Run what has not run yet, and say which of how many and how long it will take."""
-    todo = list({run.out: run for run in runs if not run.read()}.values())
+    """Run what has not run yet, and say which of how many and how long it will take. A run that fails stops nothing,
+    but settings that train.py refuses stop everything."""
+    todo = list({run.out: run for run in runs if not run.read() and run.out not in FAILED}.values())
     began, done = time.monotonic(), []
 
     def go(item):
-        number, run = item
+        i, run = item
         left = (time.monotonic() - began) / len(done) * (len(todo) - len(done)) / 60 if done else None
-        print(f"[{number}/{len(todo)}] {run.label}, {run.tuned}, seed {run.settings['seed']}"
+        print(f"[{i}/{len(todo)}] {run.label}, {run.tuned}, seed {run.settings['seed']}"
               + (f", about {left:.0f} min left" if done else ""), flush=True)
-        run.start(args, f"{number}|" if args.jobs > 1 else "")
+        status = run.start(args, f"{i}|" if args.jobs > 1 else "")
         done.append(run)
+        if run.error:
+            FAILED[run.out] = run.error
+        return status
     if args.dry:
         for run in todo:
-            print("python " + " ".join(run.command(args)))
+            print(shlex.join(["python", *run.command(args)]))
     else:
         with ThreadPoolExecutor(args.jobs) as pool:
             try:
-                list(pool.map(go, enumerate(todo, 1)))
+                for status in pool.map(go, enumerate(todo, 1)):
+                    if status == 2:
+                        pool.shutdown(cancel_futures=True)
+                        sys.exit(2)
             except KeyboardInterrupt:  # the runs got it too, and are saving
                 pool.shutdown(cancel_futures=True)
                 sys.exit(130)
     for run in runs:  # the same run may be there twice
         run.read()
+        run.error = FAILED.get(run.out)
     return runs
 
 
 # ---- search ---------------------------------------------------------------------------------------------------------
 
-def neighbours(ladder, value):
-    """The values of a ladder next below and next above one; that one need not be on it."""
-    below, above = [v for v in ladder if v < value * 0.99], [v for v in ladder if v > value * 1.01]
-    return below[-1:] + above[:1]
+def below(ladder, value):
+    """The next value of a ladder below one that need not be on it; none at its end."""
+    return [v for v in ladder if v < value * 0.99][-1:]
+
+
+def above(ladder, value):
+    return [v for v in ladder if v > value * 1.01][:1]
 
 
 def tune(make, axes, args):
-    """Search the best settings: along one axis after the other, to the next value up or down while that is better,
-    round and round until no neighbour on any axis is.
+    """Search the best settings: down from a learning rate that diverges; then along one axis after the other, to the
+    next value up or down while that is better, round and round until no neighbour on any axis is.
 
     Args: make(**changes) -> Run; axes, {setting: ladder of values}. Returns the best run and all that were tried.
     """
@@ -149,34 +171,44 @@ def tune(make, axes, args):
     best = make()
     tried, moved = {best.out: best}, True
     execute([best], args)
+    while best.diverged and "lr" in axes and (lower := below(LADDER, best.settings["lr"])):
+        best = execute([make(lr=lower[0])], args)[0]
+        tried[best.out] = best
     while moved:
         moved = False
         for axis, ladder in axes.items():
             while True:
                 here = {k: best.settings[k] for k in axes}
-                near = execute([make(**{**here, axis: value}) for value in neighbours(ladder, here[axis])], args)
+                near = execute([make(**{**here, axis: value}) for value in
+                                below(ladder, here[axis]) + above(ladder, here[axis])], args)
                 tried |= {run.out: run for run in near}
-                if args.dry or min(run.loss for run in near) >= best.loss:
+                if min(run.loss for run in near) >= best.loss:
                     break
                 best, moved = min(near, key=lambda run: run.loss), True
     return best, list(tried.values())
 
 
 def largest_stable(make, args):
-    """The largest learning rate of the ladder at which make(lr=...) does not diverge, up or down from its own."""
-    def diverges(lr):
-        return execute([make(lr=lr)], args)[0].loss == math.inf
-    lr = make().settings["lr"]
-    while not args.dry and diverges(lr):
-        lr = neighbours(LADDER, lr)[0]
-    while not args.dry and not diverges(above := neighbours(LADDER, lr)[-1]):
-        lr = above
-    return lr
+    """The largest learning rate of the ladder at which make(lr=...) does not diverge, found down or up from its own,
+    and all runs that this took."""
+    run = execute([make()], args)[0]
+    tried = [run]
+    while run.diverged and (lower := below(LADDER, run.settings["lr"])):
+        run = execute([make(lr=lower[0])], args)[0]
+        tried.append(run)
+    while run.final and (higher := above(LADDER, run.settings["lr"])):
+        up = execute([make(lr=higher[0])], args)[0]
+        tried.append(up)
+        if up.loss == math.inf:
+            break
+        run = up
+    return run.settings["lr"], tried
 
 
-def seeds(run, args):
-    """The same run at each seed: other initial weights, another order of the data."""
-    return [Run(run.label, {**run.settings, "seed": run.settings["seed"] + i}, run.axes) for i in range(args.seeds)]
+def seeds(run, args, first=0):
+    """The same run at each seed, `first` seeds on: other initial weights, another order of the data."""
+    return [Run(run.label, {**run.settings, "seed": run.settings["seed"] + first + i}, run.axes)
+            for i in range(args.seeds)]
 
 
 # ---- statistics -----------------------------------------------------------------------------------------------------
@@ -192,10 +224,18 @@ def interval(values):
 
 def plus_minus(values, form):
     """`interval` as text; "-" if a value is missing."""
-    if not values or None in values or math.inf in values:
+    if not values or None in values:
         return "-"
     mean, half = interval(values)
     return f"{mean:{form}}" + (f" ± {half:{form.removeprefix('+')}}" if half is not None else "")
+
+
+def verdict(runs):
+    """The losses of runs that differ by the seed, as text; how many did not end well, if any, and how."""
+    bad = [run for run in runs if run.loss == math.inf]
+    if bad:
+        return bad[0].verdict if len(runs) == 1 else f"{len(bad)} of {len(runs)}: {bad[0].verdict}"
+    return plus_minus([run.loss for run in runs], ".3f")
 
 
 def spikes(norms, window=100, factor=5):
@@ -208,13 +248,13 @@ def spikes(norms, window=100, factor=5):
 
 @dataclass
 class Page:
-    """What an artefact comes to. `draw` gets the axes: one, or a list if there are several panels in a row."""
+    """What an artefact comes to. `draw` gets the axes as plt.subplots(*panels) gives them."""
     table: str
     rows: list
     runs: list
     caption: str
     draw: Callable
-    panels: int = 1
+    panels: tuple = (1, 1)
 
 
 def markdown(head, rows):
@@ -230,38 +270,48 @@ def percent(x):
 
 
 def publish(name, args, page):
-    """Print the table; write results/SCALE/NAME.md, .json and .png."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """What is said of the runs, then results/SCALE/NAME.md, .json and .png."""
     ran = list({run.out: run for run in page.runs if run.final}.values())
     if not ran:
         sys.exit(f"tables.py: none of the {len(page.runs)} runs finished, the last one with: {page.runs[-1].error}")
-    config = json.loads((ran[0].out / "config.json").read_text())
-    s = ran[0].settings
-    sizes = sorted({run.settings["batch_size"] for run in ran})
-    length = ran[0].tokens_per_step // s["batch_size"]
-    steps = "/".join(str(n) for n in sorted({run.settings["steps"] for run in ran}, reverse=True))
-    caption = (f"{page.caption} {s['model']}, {steps} steps of {'/'.join(map(str, sizes))} x {length} tokens of "
-               f"{Path(args.data).name}; {len({run.out for run in page.runs})} runs, seed "
-               f"{', '.join(sorted({str(run.settings['seed']) for run in page.runs}))}.")
-    source = (f"{config['device']}; torch {config['versions']['torch']}; {config['started'][:10]}; "
-              f"commit {config['git_commit']}; {sum(run.final['seconds'] for run in ran) / 3600:.1f} hours of runs")
-    command = " ".join([f"python tables.py {name} --scale={args.scale} --data={args.data}",
-                        *(f"--{k}={v}" for k, v in args.override.items())])
+    configs = [json.loads((run.out / "config.json").read_text()) for run in ran]
 
-    folder = Path("results") / args.scale
-    folder.mkdir(parents=True, exist_ok=True)
-    other = [Path(args.data).name] * (args.data != "data/python") + [f"{k}{v}" for k, v in args.override.items()]
-    stem = folder / "-".join([name, *other])
-    figure, axes = plt.subplots(1, page.panels, figsize=(7 if page.panels == 1 else 4 * page.panels, 4.5),
+    def all_of(function, of=configs, join=", "):
+        return join.join(dict.fromkeys(str(function(each)) for each in of))
+    length = ran[0].tokens_per_step // ran[0].settings["batch_size"]
+    caption = (f"{page.caption} {all_of(lambda r: r.settings['model'], ran)}, "
+               f"{all_of(lambda r: r.settings['steps'], ran, '/')} steps of "
+               f"{all_of(lambda r: r.settings['batch_size'], ran, '/')} x {length} tokens of {Path(args.data).name}; "
+               f"{len({run.out for run in page.runs})} runs, seed {all_of(lambda r: r.settings['seed'], page.runs)}.")
+    source = (f"{all_of(lambda c: c['device'])}; torch {all_of(lambda c: c['versions']['torch'])}; "
+              f"{all_of(lambda c: c['started'][:10])}; commit {all_of(lambda c: c['git_commit'])}; "
+              f"{sum(run.final['seconds'] for run in ran) / 3600:.1f} hours of runs")
+    given = {k: v for k, v in (("seeds", args.seeds), ("nproc", args.nproc), ("jobs", args.jobs))
+             if v != {"seeds": 3}.get(k, 1)} | args.override
+    command = " ".join([f"python tables.py {name} --scale={args.scale} --data={args.data}",
+                        *(f"--{k}={v}" for k, v in given.items())])
+    other = [Path(args.data).name] * (args.data != "data/python") + [
+        f"{k}{v}" for k, v in given.items() if k not in ("nproc", "jobs")]
+    write(Path("results") / args.scale / "-".join([name, *other]), page, caption, source, command,
+          {"config": configs[0]})
+
+
+def write(stem, page, caption, source, command, more={}):
+    """Print the table; write it with its caption to STEM.md, the rows to STEM.json, the picture to STEM.png."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    rows, columns = page.panels
+    figure, axes = plt.subplots(rows, columns, figsize=(7, 4.5) if columns == 1 else (4 * columns, 4 * rows),
                                 layout="constrained")
     page.draw(axes)
     for each in figure.axes:
         each.grid(alpha=0.3)
     figure.suptitle(caption, fontsize=9, wrap=True)
     figure.savefig(f"{stem}.png", dpi=150)
+    plt.close(figure)
     Path(f"{stem}.md").write_text(f"{caption}\n\n{page.table}\n\n`{command}`; {source}\n")
-    Path(f"{stem}.json").write_text(json.dumps({"command": command, "config": config, "rows": page.rows}, indent=1)
-                                    + "\n")
+    Path(f"{stem}.json").write_text(json.dumps({"command": command, **more, "rows": page.rows}, indent=1,
+                                               allow_nan=False) + "\n")
     print(f"\n{caption}\n\n{page.table}\n\n{source}\n{stem}.md, .json, .png")

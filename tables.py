@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from sweep import (LADDER, Page, Run, execute, gap_to, largest_stable, markdown, number, percent, plus_minus, publish,
-                   seeds, spikes, tune)
+                   seeds, spikes, tune, verdict)
 
 SEED = 42
 # Batch, steps and clips of 130m, 350m and 1b are the paper's; 60m, nano and all of eval_every are ours.
@@ -31,25 +31,24 @@ SCALES = {
 }
 LARGE = {"eval_tokens": 10_000_000, "save_every": 500, "micro_batch": 32}  # beyond nano
 
-# `start` is where the search for the best settings begins, `paper` what the paper has at a scale, `grid` the learning
-# rates of `lr` in rungs from the start, `axes` what is searched beside lr. The start at nano is the best that a search
-# found (`make gap`), but for clipped SGD the paper's own.
+# `start` is where the search for the best settings begins, `paper` what the paper has at a scale, `axes` what is
+# searched beside lr: thresholds in steps of sqrt(10) too, so that no method is tuned more finely than another.
 METHODS = {
-    "Adam": {"settings": {"optimizer": "adamw"}, "start": {"lr": 3.16e-3, "beta2": 0.95}, "grid": (-1, 3),
+    "Adam": {"settings": {"optimizer": "adamw"}, "start": {"lr": 3.16e-3, "beta2": 0.95},
              "paper": dict.fromkeys(("60m", "130m", "350m", "1b"), {"lr": 1e-3}),  # ours: the paper gives none
              "axes": {"beta2": (0.9, 0.95, 0.99, 0.999)}, "line": ("#000000", "-", "o")},
-    "SGD": {"settings": {"optimizer": "sgd", "momentum": 0}, "start": {"lr": 1.0}, "grid": (-1, 3),
+    "SGD": {"settings": {"optimizer": "sgd", "momentum": 0}, "start": {"lr": 1.0},
             "axes": {}, "line": ("#e69f00", ":", "v")},
-    "SGD with momentum": {"settings": {"optimizer": "sgd"}, "start": {"lr": 1.0}, "grid": (-1, 3),
+    "SGD with momentum": {"settings": {"optimizer": "sgd"}, "start": {"lr": 1.0},
                           "axes": {}, "line": ("#d55e00", ":", "s")},
     "SGD, global norm clipped": {"settings": {"optimizer": "sgd"}, "start": {"lr": 31.6, "grad_clip": 0.1},
-                                 "grid": (-1, 3), "axes": {"grad_clip": (0.01, 0.03, 0.1, 0.3, 1.0)},
+                                 "axes": {"grad_clip": (0.01, 0.03, 0.1, 0.3, 1.0)},
                                  "line": ("#009e73", "-.", "^")},
     "clipped SGD": {"settings": {"optimizer": "clipped_sgd"},
-                    "start": {"lr": 100.0, "token_clip": 1e-3, "update_clip": 5e-4}, "grid": (-1, 3),
+                    "start": {"lr": 100.0, "token_clip": 1e-3, "update_clip": 5e-4},
                     "paper": {"350m": {"lr": 200.0}, "1b": {"lr": 300.0, "update_clip": 2e-4}},
-                    "axes": {"update_clip": (1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3),
-                             "token_clip": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}, "line": ("#0072b2", "--", "D")},
+                    "axes": {"update_clip": (5e-5, 1.58e-4, 5e-4, 1.58e-3, 5e-3),
+                             "token_clip": (1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2)}, "line": ("#0072b2", "--", "D")},
 }
 
 
@@ -86,25 +85,25 @@ def demo(args):
                       marker=mark, label=f"{run.label}, lr {run.settings['lr']:g}: {run.verdict}")
         axes.set(xlabel="step", ylabel="loss (nats per token)")
         axes.legend(title="validation (pale: training)")
-    return Page(table, rows, runs, "Adam and SGD at the best learning rate of their grids, clipped SGD at the paper's.",
-                draw)
+    return Page(table, rows, runs, "Adam and SGD at the best learning rate that `make lr` found at nano, clipped SGD "
+                "at the paper's.", draw)
 
 
 def gap(args):
     found = {name: search(name, args) for name in METHODS}
-    again = {name: seeds(best, args) for name, (best, _) in found.items()}
+    again = {name: seeds(best, args, first=1) for name, (best, _) in found.items()}  # not the seed it was chosen by
     execute([run for runs in again.values() for run in runs], args)
-    gaps = {name: [gap_to(adam, run) for adam, run in zip(again["Adam"], runs)] for name, runs in again.items()}
     rows, lines = [], []
     for name, runs in again.items():
         best, tried = found[name]
         s = best.settings
         state = {"adamw": 8, "sgd": 4, "clipped_sgd": 4}[s["optimizer"]] if s.get("momentum", 1) else 0
-        rate = statistics.median(run.tok_per_s or math.nan for run in runs)
+        ms = [1000 * run.tokens_per_step / run.tok_per_s for run in runs if run.tok_per_s]
         rows += [run.row(adam) | {"role": "seed"} for adam, run in zip(again["Adam"], runs)]
         rows += [run.row(found["Adam"][0]) | {"role": "search"} for run in tried]
-        lines.append((name, best.tuned, plus_minus([run.loss for run in runs], ".3f"), plus_minus(gaps[name], "+.1%"),
-                      str(state), f"{1000 * runs[0].tokens_per_step / rate:,.0f}", str(len(tried))))
+        lines.append((name, best.tuned, verdict(runs),
+                      plus_minus([gap_to(adam, run) for adam, run in zip(again["Adam"], runs)], "+.1%"), str(state),
+                      number(statistics.median(ms) if ms else None, ",.0f"), str(len(tried))))
     table = markdown(("method", "best settings", "validation loss", "gap to Adam", "state, bytes a parameter",
                       "ms a step", "runs of the search"), lines)
 
@@ -117,35 +116,40 @@ def gap(args):
         axes.set(xlabel="step", ylabel="validation loss (nats per token)")
         axes.legend()
     return Page(table, rows, [run for name in again for run in (*again[name], *found[name][1])],
-                f"Each method at the best settings that a search found, {args.seeds} seeds each (mean, 95% interval of "
-                "Student's t; the gap is taken seed by seed).", draw)
+                f"Each method at the best settings that a search found at seed {SEED}, run at other seeds (mean and "
+                "95% interval of Student's t; the gap is taken seed by seed).", draw)
 
 
 def lr(args):
     runs = {}
-    for name, spec in METHODS.items():
+    for name in METHODS:
         centre = method(name, args).settings["lr"]
-        near = min(range(len(LADDER)), key=lambda i: abs(math.log(LADDER[i] / centre)))
-        low, high = spec["grid"]
-        runs[name] = [method(name, args, lr=value) for value in LADDER[near + low:near + high + 1]]
+        i = min(range(len(LADDER)), key=lambda i: abs(math.log(LADDER[i] / centre)))
+        runs[name] = [method(name, args, lr=value) for value in sorted({*LADDER[i - 1:i + 4], centre})]
     every = execute([run for some in runs.values() for run in some], args)
     best = {name: min(some, key=lambda run: run.loss) for name, some in runs.items()}
-    stable = {}  # the largest learning rate below the first that diverged, and whether the grid reached one that did
-    for name, some in runs.items():
-        good = [run.settings["lr"] for run in some[:next((i for i, r in enumerate(some) if r.loss == math.inf), None)]]
-        stable[name] = (good[-1] if good else None, len(good) < len(some))
-    rows = [run.row(best["Adam"]) | {"best": run in best.values(), "effective_lr": run.mean("effective_lr")}
+
+    def stable(some):
+        """The largest lr below the first that diverged, and whether one did."""
+        first = next((i for i, run in enumerate(some) if run.diverged), len(some))
+        good = [run.settings["lr"] for run in some[:first] if run.final]
+        return good[-1] if good else None, first < len(some)
+    rows = [run.row(best["Adam"]) | {"best": run is best[run.label], "effective_lr": run.mean("effective_lr")}
             for run in every]
-    base = stable["SGD with momentum"][0]
+    base, known = stable(runs["SGD with momentum"])
+    lines = []
+    for name, some in runs.items():
+        top, reached = stable(some)
+        ok = best[name].loss < math.inf
+        more = "" if reached else "at least "
+        lines.append((name, "; ".join(f"{run.settings['lr']:g}: {run.verdict}" for run in some),
+                      f"{best[name].settings['lr']:g}" if ok else "-", percent(gap_to(best["Adam"], best[name])),
+                      "yes" if ok and best[name] not in (some[0], some[-1]) else "no",
+                      f"{more}{top:g}" if top else "-",
+                      f"{more}{top / base:.3g}" if top and base and known and name != "Adam" else "-",
+                      number(best[name].mean("effective_lr") if ok else None, ".2g")))
     table = markdown(("method", "validation loss by learning rate", "best", "gap to Adam", "best inside the grid",
-                      "largest stable", "x SGD with momentum's", "effective lr at the best"),
-                     [(name, "; ".join(f"{run.settings['lr']:g}: {run.verdict}" for run in some),
-                       f"{best[name].settings['lr']:g}", percent(gap_to(best["Adam"], best[name])),
-                       "no" if best[name] in (some[0], some[-1]) else "yes",
-                       "-" if top is None else f"{'' if found else 'at least '}{top:g}",
-                       f"{top / base:.3g}" if top and base and "SGD" in name else "-",
-                       number(best[name].mean("effective_lr"), ".2g"))
-                      for (name, some), (top, found) in zip(runs.items(), stable.values())])
+                      "largest stable", "x SGD with momentum's", "effective lr at the best"), lines)
 
     def draw(axes):
         for name, some in runs.items():
@@ -166,14 +170,15 @@ def ablation(args):
     """Which clip, at which learning rate: the four cells that a referee asked for, and their neighbours."""
     start = method("clipped SGD", args).settings
     large, token, update = start["lr"], start["token_clip"], start["update_clip"]
-    small = largest_stable(lambda **c: method("SGD with momentum", args, **c), args)
-    clips = {"no clip": {"token_clip": "none", "update_clip": "none"}, "token clip": {"update_clip": "none"},
-             "update clip": {"token_clip": "none"}, "both clips": {}}
+    small, tried = largest_stable(lambda **c: method("SGD with momentum", args, **c), args)
+    best, others = search("Adam", args, axes=False)
+    clips = {"no clip": {"token_clip": None, "update_clip": None}, "token clip": {"update_clip": None},
+             "update clip": {"token_clip": None}, "both clips": {}}
     cells = {(clip, rate): method("clipped SGD", args, lr=rate, **changes)
              for clip, changes in clips.items() for rate in (small, large)}
     cells |= {("global norm", rate): method("SGD, global norm clipped", args, lr=rate) for rate in (small, large)}
-    cells["every update scaled to the same RMS", math.inf] = method("clipped SGD", args, lr=1e9, token_clip="none")
-    cells["Adam", None] = method("Adam", args)
+    cells["every update scaled to the same RMS", math.inf] = method("clipped SGD", args, lr=1e9, token_clip=None)
+    cells["Adam", None] = best
     main = {key: seeds(run, args) if key[0] not in ("token clip", "update clip", "global norm") else [run]
             for key, run in cells.items()}
     execute([run for runs in main.values() for run in runs], args)
@@ -183,11 +188,9 @@ def ablation(args):
         gaps = [gap_to(a, run) for a, run in zip(adam, runs)]
         rows += [{**run.row(a), "cell": clip, "clipped_tensors": run.mean("clipped_tensors"),
                   "clipped_rows": run.mean("clipped_rows")} for a, run in zip(adam, runs)]
-        losses = [run.loss for run in runs]
-        lines.append((clip, {None: f"{runs[0].settings['lr']:g}", math.inf: "any"}.get(rate, f"{rate or 0:g}"),
-                      plus_minus(losses, ".3f") if math.inf not in losses else runs[0].verdict,
-                      plus_minus(gaps, "+.1%"), str(len(runs)), number(runs[0].mean("clipped_tensors"), ".0%"),
-                      number(runs[0].mean("clipped_rows"), ".0%")))
+        shown = "any" if rate == math.inf else f"{runs[0].settings['lr']:g}"
+        lines.append((clip, shown, verdict(runs), plus_minus(gaps, "+.1%"), str(len(runs)),
+                      number(runs[0].mean("clipped_tensors"), ".0%"), number(runs[0].mean("clipped_rows"), ".0%")))
     table = markdown(("clip", "learning rate", "validation loss", "gap to Adam", "seeds", "tensors clipped",
                       "token rows clipped"), lines)
 
@@ -199,12 +202,13 @@ def ablation(args):
             for run in runs:
                 if run.loss < math.inf:
                     axes.plot(run.loss, y, mark, color="black", markerfacecolor=fill)
-            if all(run.loss == math.inf for run in runs):
-                axes.text(0.98, y, f"lr {rate:g} diverged", transform=axes.get_yaxis_transform(), ha="right",
-                          va="center", fontsize=8)
+            if any(run.loss == math.inf for run in runs):
+                axes.text(0.98, y + (0.2 if rate == small else -0.2), f"lr {runs[0].settings['lr']:g}: {verdict(runs)}",
+                          transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=8)
         axes.set(yticks=range(len(names)), yticklabels=names, xlabel="final validation loss (nats per token)")
         axes.set_title(f"open: lr {small:g}, SGD's largest stable; full: lr {large:g}", fontsize=9)
-    return Page(table, rows, [run for runs in main.values() for run in runs],
+    rows += [run.row(best) | {"cell": "search"} for run in tried + others]
+    return Page(table, rows, [run for runs in main.values() for run in runs] + tried + others,
                 f"The clips and the learning rate (token clip {token:g}, update clip {update:g}, global norm "
                 f"{main['global norm', large][0].settings['grad_clip']:g}), beside Adam; shares clipped are means "
                 "over the run.", draw)
@@ -212,10 +216,16 @@ def ablation(args):
 
 def sizes(args):
     """Batch sizes that span a factor of 64 around the scale's, with the steps that keep the number of tokens."""
-    s = {**SCALES[args.scale], **args.override}
-    batch, steps = s["batch_size"], s["steps"]
-    return [{"batch_size": size, "steps": steps * batch // size, "eval_every": max(1, steps * batch // size // 5)}
-            for size in (max(1, batch // 16), max(1, batch // 4), batch, 4 * batch)]
+    s = method("Adam", args).settings
+    shapes = []
+    for size in (s["batch_size"] // 16, s["batch_size"] // 4, s["batch_size"], 4 * s["batch_size"]):
+        steps, share = s["steps"] * s["batch_size"] // max(1, size), size // args.nproc
+        if steps == 0 or share == 0:
+            sys.exit(f"tables.py: {s['steps']} steps of {s['batch_size']} sequences leave no batches 4 times as large "
+                     f"and 16 times as small on {args.nproc} processes: give more --steps or a larger --batch_size")
+        shapes.append({"batch_size": size, "steps": steps, "eval_every": max(1, steps // 5)}
+                      | ({"micro_batch": min(s["micro_batch"], share)} if s.get("micro_batch") else {}))
+    return shapes
 
 
 def batch(args):
@@ -248,23 +258,26 @@ def batch(args):
         axes.minorticks_off()
         axes.legend()
     return Page(table, rows, every, "The gap to Adam against the batch size at a fixed number of tokens, each method "
-                "at its best learning rate at that size.", draw)
+                "at its best learning rate at that size, its other settings as they are.", draw)
 
 
 def dynamics(args):
     shapes = sizes(args)
-    chosen = {"small batch": shapes[0], "large batch": shapes[2]}
-    runs = {(name, size): search(name, args, axes=False, **shape)[0]
-            for size, shape in chosen.items() for name in ("Adam", "clipped SGD")}
+    chosen = {"small batch": shapes[0], "large batch": shapes[2]}  # four times that leaves few steps
+    found = {(name, size): search(name, args, axes=False, **form)
+             for size, form in chosen.items() for name in ("Adam", "clipped SGD")}
+    runs = {key: best for key, (best, _) in found.items()}
     looks = {"grad_norm": "gradient norm", "weight_to_gradient": "weight-to-gradient ratio",
              "effective_lr": "effective learning rate", "imbalance": "token-class imbalance"}
     rows, lines = [], []
     for (name, size), run in runs.items():
-        middle = {k: statistics.median([x[k] for x in run.steps if x.get(k) is not None] or [math.nan]) for k in looks}
-        bursts = spikes([x["grad_norm"] for x in run.steps])
+        seen = {k: [x[k] for x in run.steps if x.get(k) is not None] for k in looks}
+        middle = {k: statistics.median(values) if values else None for k, values in seen.items()}
+        bursts = spikes(seen["grad_norm"])
         rows.append(run.row(runs["Adam", size]) | {"size": size, "spikes": bursts, **middle})
         lines.append((name, f"{run.settings['batch_size']}", f"{run.settings['lr']:g}", run.verdict,
-                      *(f"{middle[k]:.3g}" for k in looks), f"{len(bursts)} of {max(0, len(run.steps) - 100)}"))
+                      *(number(middle[k], ".3g") for k in looks),
+                      f"{len(bursts)} of {max(0, len(seen['grad_norm']) - 100)}"))
     table = markdown(("method", "batch", "lr", "validation loss", *(f"{v} (median)" for v in looks.values()),
                       "spikes among the steps from 100 on"), lines)
 
@@ -278,12 +291,13 @@ def dynamics(args):
                           linewidth=1.6 if size == "large batch" else 0.9,
                           label=f"{name}, batch {run.settings['batch_size']}")
                 if key == "grad_norm":
-                    for i in spikes([x["grad_norm"] for x in run.steps]):
+                    for i in spikes([x[key] for x in steps]):
                         each.plot(tokens[i], steps[i][key], "x", color="red", markersize=5)
             each.set(yscale="log", xlabel="million tokens", title=title)
         axes[0].legend(fontsize=8)
-    return Page(table, rows, list(runs.values()), "Along training, in small and in large batches, each at its best "
-                "learning rate; a spike (red x) exceeds 5 times the median norm of the 100 steps before.", draw, 4)
+    return Page(table, rows, [run for _, tried in found.values() for run in tried],
+                "Along training, in small and in large batches, each at its best learning rate; a spike (red x) exceeds "
+                "5 times the median norm of the 100 steps before.", draw, (1, 4))
 
 
 # ---- before anything is run -----------------------------------------------------------------------------------------
@@ -340,8 +354,8 @@ def check_memory(args):
     need = sum(memory(s, vocab, length).values()) / 2**30
     have = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 0
     if need > have:
-        sys.exit(f"tables.py: {args.scale} needs about {need:.0f} GiB of GPU memory at --micro_batch={s['micro_batch']} "
-                 f"and there is {f'{have:.0f} GiB' if have else 'no GPU'} here: lower --micro_batch, print the "
+        sys.exit(f"tables.py: {args.scale} needs about {need:.0f} GiB on a GPU at --micro_batch={s['micro_batch']}, "
+                 f"and here is {f'one of {have:.0f} GiB' if have else 'no GPU'}: lower --micro_batch, print the "
                  f"commands with --dry, or run it on the CPU with --device=cpu")
 
 
@@ -349,7 +363,9 @@ ARTEFACTS = {f.__name__: f for f in (demo, gap, lr, ablation, batch, dynamics, c
 
 
 def value(text):
-    """A setting's text as a number where it is one."""
+    """A setting's text as a number, true, false or None where it is one."""
+    if text in ("none", "true", "false"):
+        return {"none": None}.get(text, text)
     for kind in (int, float):
         try:
             return kind(text)
@@ -359,7 +375,8 @@ def value(text):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("name", choices=ARTEFACTS)
     parser.add_argument("--scale", choices=SCALES, default="nano")
     parser.add_argument("--data", default="data/python", help="data directory, made by data/prepare.py")
@@ -371,6 +388,9 @@ def main():
     parser.add_argument("--mfu", type=float, default=0.4, help="cost: the share of it that is reached")
     parser.add_argument("--dry", action="store_true", help="print the commands of the runs that are missing")
     args, other = parser.parse_known_args()
+    args.data = args.data.rstrip("/")
+    if min(args.jobs, args.nproc, args.gpus) < 1:
+        parser.error("--jobs, --nproc and --gpus start at 1")
     args.override = {name: value(text) for name, _, text in (word.removeprefix("--").partition("=") for word in other)}
     if not all(word.startswith("--") and "=" in word for word in other) or {"lr", "out", "seed"} & set(args.override):
         parser.error(f"{' '.join(other)}: give train.py's settings as --name=value; lr, seed and out are the table's")
@@ -380,7 +400,9 @@ def main():
     if page is None:  # cost
         return
     if args.dry:
-        return print("a search, and the seeds of its best, go on from the best of these", file=sys.stderr)
+        if args.name not in ("demo", "lr"):
+            print("a search goes on from what it finds: these are the runs that it begins with", file=sys.stderr)
+        return
     publish(args.name, args, page)
     sys.exit(any(run.final is None for run in page.runs))
 

@@ -116,6 +116,23 @@ def test_the_future_is_not_seen(case):
     assert torch.equal(a[:, :10], b[:, :10]) and not torch.equal(a[:, 10:], b[:, 10:])
 
 
+def test_the_future_is_not_seen_in_bf16_either(case):
+    model, tokens, *_ = case
+    other = tokens.clone()
+    other[:, 10:] = (other[:, 10:] + 1) % 97
+    with torch.autocast("cpu", torch.bfloat16):
+        a, b = model(tokens), model(other)
+    assert torch.equal(a[:, :10], b[:, :10]) and not torch.equal(a[:, 10:], b[:, 10:])
+
+
+def test_a_second_backward_is_refused(case):
+    model, tokens, targets, *_ = case
+    loss = model(tokens, targets)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once"):
+        loss.backward()
+
+
 def test_bf16_autocast_is_close_and_its_loss_is_fp32(case):
     model, tokens, targets, _, loss, grads = case
     model.zero_grad()

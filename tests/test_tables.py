@@ -1,11 +1,16 @@
+import ast
 import json
+import math
 import re
+import shlex
+import sys
 from types import SimpleNamespace
 
 import pytest
 
+import tables
 from conftest import ROOT, TINY, metrics, one_line, python, settings
-from sweep import LADDER, Run, interval, neighbours, plus_minus, spikes, tune
+from sweep import LADDER, Run, above, below, interval, plus_minus, spikes
 
 TABLES = ROOT / "tables.py"
 
@@ -16,7 +21,7 @@ def demo(stream, tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
 
     def again(*more):
-        return python(TABLES, "demo", f"--data={stream}", *settings(), *more, cwd=folder)
+        return python(TABLES, "demo", f"--data={stream}", "--jobs=2", *settings(), *more, cwd=folder)
     first = again()
     assert first.returncode == 0, first.stderr
     return folder, again, first
@@ -54,7 +59,7 @@ def test_finished_runs_are_not_repeated_and_killed_ones_go_on(demo):
 
 
 def test_bad_words_are_refused(tmp_path):
-    for words in (["demo", "--steps", "5"], ["demo", "--lr=3"], ["nothing"]):
+    for words in (["demo", "--steps", "5"], ["demo", "--lr=3"], ["nothing"], ["gap", "--seed=7"], ["demo", "--jobs=0"]):
         done = python(TABLES, *words, cwd=tmp_path)
         assert done.returncode == 2 and "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
@@ -71,21 +76,10 @@ def test_a_failed_run_is_shown_and_stops_nothing(demo):
     assert re.search(r"\| clipped SGD \| 100 \| \d\.\d+ \| - \|", done.stdout)  # no Adam, no gap to it
 
 
-def test_the_search_ends_where_no_neighbour_is_better(stream, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    args = SimpleNamespace(nproc=1, jobs=2, dry=False, override={})
-    base = {**TINY, "steps": 4, "data": str(stream), "seed": 42, "optimizer": "adamw"}
-    best, tried = tune(lambda lr=0.1, beta2=0.9: Run("Adam", {**base, "lr": lr, "beta2": beta2}),
-                       {"lr": LADDER, "beta2": (0.5, 0.9)}, args)
-    at = {(run.settings["lr"], run.settings["beta2"]): run.loss for run in tried}
-    assert len(at) == len(tried) and best.loss == min(at.values()) < at[0.1, 0.9]
-    lr, beta2 = best.settings["lr"], best.settings["beta2"]
-    assert {(near, beta2) for near in neighbours(LADDER, lr)} | {(lr, 0.5), (lr, 0.9)} <= set(at)
-
-
 def test_neighbours_of_a_value_on_the_ladder_and_off_it():
-    assert neighbours((1, 3, 10), 3) == [1, 10] and neighbours((1, 3, 10), 5) == [3, 10]
-    assert neighbours((1, 3, 10), 10) == [3] and neighbours(LADDER, 100.0) == [31.6, 316.0]
+    assert below((1, 3, 10), 3) == [1] and above((1, 3, 10), 3) == [10]
+    assert below((1, 3, 10), 5) == [3] and above((1, 3, 10), 10) == [] == below((1, 3), 1)
+    assert below(LADDER, 100.0) + above(LADDER, 100.0) == [31.6, 316.0]
 
 
 def test_statistics_are_those_computed_by_hand():
@@ -94,6 +88,63 @@ def test_statistics_are_those_computed_by_hand():
     assert plus_minus([0.01, 0.02, 0.03], "+.1%") == "+2.0% ± 2.5%" and plus_minus([1.0, None], ".3f") == "-"
     norms = [1.0] * 100 + [5.0, 5.1, 1.0, 20.0]
     assert spikes(norms) == [101, 103] and spikes(norms[:100]) == []
+
+
+LOSSES = {  # of what runs that were never run would have ended with: (settings, seconds) -> loss, or where it diverged
+    "all is well": lambda s: 4 + abs(math.log10(s["lr"]) + {"adamw": 2.5, "sgd": -0.5}.get(s["optimizer"], -2)) / 9,
+    "SGD diverges": lambda s: 5 if s["optimizer"] == "adamw" else s["batch_size"] // 8 if s["lr"] > 1e-3 else 6.0,
+    "all diverge": lambda s: 3,
+    "one seed diverges": lambda s: 2 if s["seed"] == 43 else 5.0 + s["lr"] / 1e6,
+}
+
+
+def end(out, words, outcome):
+    """Write what a run of train.py with these settings would have left: 110 steps, some of them with diagnostics."""
+    s = {k: ast.literal_eval(v) if v[0].isdigit() else v for k, v in (w[2:].split("=", 1) for w in words)}
+    loss = LOSSES[outcome](s)
+    lines = [{"step": i, "lr": s["lr"], "tokens": i * s["batch_size"] * 32, "tok_per_s": 1000, "train_loss": 5.0,
+              "grad_norm": None if i == 105 and outcome == "SGD diverges" else 1.0 + 9 * (i == 104),
+              "clipped_tensors": 0.5, "clipped_rows": 0.1,
+              **({"effective_lr": 0.1, "weight_to_gradient": 30.0, "imbalance": None} if i % 10 == 0 else {})}
+             for i in range(1, 111)]
+    done = isinstance(loss, float)
+    lines += [{"step": 110, "val_loss": 5.0, "val_tokens": 9}] * done
+    lines.append({"final": True, "status": "done" if done else "diverged", "step": 110 if done else int(loss),
+                  "val_loss": loss if done else None, "seconds": 3.0})
+    out.mkdir(parents=True)
+    (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (out / "config.json").write_text(json.dumps(
+        {"device": "none", "versions": {"torch": "0"}, "started": "2026-01-01 00:00:00", "git_commit": "0"}))
+
+
+@pytest.mark.parametrize("outcome", LOSSES)
+def test_every_page_stands_whatever_the_runs_came_to(outcome, stream, tmp_path, monkeypatch, capsys):
+    """From the files that runs leave, with no run: each search goes on from what it finds, until a page is there."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo", "gap", "lr", "ablation", "batch", "dynamics"):
+        words = ["tables.py", name, f"--data={stream}", "--steps=110"]
+        for _ in range(60):
+            monkeypatch.setattr(sys, "argv", [*words, "--dry"])
+            tables.main()
+            missing = {w.rsplit("--out=", 1)[1].strip("'"): w for w in capsys.readouterr().out.splitlines()}
+            for out, command in missing.items():
+                end(tmp_path / out, [w for w in shlex.split(command)[2:] if not w.startswith("--out")], outcome)
+            if not missing:
+                break
+        assert not missing, f"{name} does not end"
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as leave:
+            tables.main()
+        assert not leave.value.code and "FAILED" not in capsys.readouterr().err
+        stem = next((tmp_path / "results" / "nano").glob(f"{name}-*.json")).with_suffix("")
+        rows = json.loads(stem.with_suffix(".json").read_text(), parse_constant=pytest.fail)["rows"]
+        text = stem.with_suffix(".md").read_text()
+        assert rows and not re.search(r"\b(nan|inf|None)\b", text), text
+        assert ("diverged" in text) == any(row["status"] == "diverged" for row in rows) or name == "gap", text
+        if name == "gap" and outcome == "one seed diverges":
+            assert text.count("1 of 3: diverged at step 2") == 5
+        if name == "gap" and outcome == "all is well":
+            assert "| Adam | lr 0.00316, beta2 0.95 |" in text and "| clipped SGD | lr 100," in text
 
 
 def test_a_dry_run_prints_the_commands_and_does_nothing(tmp_path):
