@@ -37,7 +37,7 @@ METHODS = {
     "Adam": {"settings": {"optimizer": "adamw"}, "start": {"lr": 3.16e-3, "beta2": 0.95},
              "paper": dict.fromkeys(("60m", "130m", "350m", "1b"), {"lr": 1e-3}),  # ours: the paper gives none
              "axes": {"beta2": (0.9, 0.95, 0.99, 0.999)}, "line": ("#000000", "-", "o")},
-    "SGD": {"settings": {"optimizer": "sgd", "momentum": 0}, "start": {"lr": 1.0},
+    "SGD": {"settings": {"optimizer": "sgd", "momentum": 0}, "start": {"lr": 0.316},
             "axes": {}, "line": ("#e69f00", ":", "v")},
     "SGD with momentum": {"settings": {"optimizer": "sgd"}, "start": {"lr": 1.0},
                           "axes": {}, "line": ("#d55e00", ":", "s")},
@@ -146,7 +146,7 @@ def lr(args):
                       f"{best[name].settings['lr']:g}" if ok else "-", percent(gap_to(best["Adam"], best[name])),
                       "yes" if ok and best[name] not in (some[0], some[-1]) else "no",
                       f"{more}{top:g}" if top else "-",
-                      f"{more}{top / base:.3g}" if top and base and known and name != "Adam" else "-",
+                      f"{more}{float(f'{top / base:.3g}'):g}" if top and base and known and name != "Adam" else "-",
                       number(best[name].mean("effective_lr") if ok else None, ".2g")))
     table = markdown(("method", "validation loss by learning rate", "best", "gap to Adam", "best inside the grid",
                       "largest stable", "x SGD with momentum's", "effective lr at the best"), lines)
