@@ -162,7 +162,7 @@ def lr(args):
                     axes.plot(run.settings["lr"], 0.97, "x", color=color, transform=axes.get_xaxis_transform())
         axes.set(xscale="log", xlabel="peak learning rate (x at the top: diverged)",
                  ylabel="final validation loss (nats per token)")
-        axes.legend()
+        axes.figure.legend(loc="outside lower center", ncols=3)
     return Page(table, rows, every, "Final validation loss against the learning rate.", draw)
 
 
@@ -256,7 +256,7 @@ def batch(args):
                  xticks=[shape["batch_size"] for shape in shapes],
                  xticklabels=[shape["batch_size"] for shape in shapes])
         axes.minorticks_off()
-        axes.legend()
+        axes.figure.legend(loc="outside lower center", ncols=3)
     return Page(table, rows, every, "The gap to Adam against the batch size at a fixed number of tokens, each method "
                 "at its best learning rate at that size, its other settings as they are.", draw)
 
