@@ -32,6 +32,9 @@ cost: .venv/installed  ## what one run of SCALE takes: parameters, FLOPs, memory
 gap lr ablation batch dynamics cost:
 	$(TABLES) $@
 
+toy: .venv/installed  ## softmax regression with imbalanced classes: why Adam beats gradient descent; three minutes
+	$(PY) toy.py
+
 bench: $(DATA)  ## speed and memory beside peers (.venv/bin/pip install transformers: one more): a quarter of an hour
 	$(PY) bench.py --model=$(SCALE) --data=$(DATA)
 
@@ -54,4 +57,4 @@ data/c4:
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.PHONY: help demo gap lr ablation batch dynamics cost bench test test-runs test-rest data/python
+.PHONY: help demo gap lr ablation batch dynamics cost toy bench test test-runs test-rest data/python

@@ -296,8 +296,8 @@ def dynamics(args):
             each.set(yscale="log", xlabel="million tokens", title=title)
         axes[0].legend(fontsize=8)
     return Page(table, rows, [run for _, tried in found.values() for run in tried],
-                "Along training, in small and in large batches, each at its best learning rate; a spike (red x) exceeds "
-                "5 times the median norm of the 100 steps before.", draw, (1, 4))
+                "Along training, in small and in large batches, each at its best learning rate; a spike (red x) is "
+                "above 5 times the median norm of the 100 steps before.", draw, (1, 4))
 
 
 # ---- before anything is run -----------------------------------------------------------------------------------------

@@ -322,7 +322,7 @@ def rates(args, c=100):
     """The simple setting of the theory: class k has the one input e_k and frequency pi_k ~ 1/k; W [c, c] from 0."""
     pi = 1 / torch.arange(1, c + 1, dtype=torch.float64)
     pi /= pi.sum()
-    runs = {"GD": (1.0, 20_000), "sign": (1e-2, 1_000)}
+    runs = {"GD": (1.0, 60_000), "sign": (1e-2, 1_000)}
     ks, seen = (1, 3, 10, 30, 100), {}
     for name, (lr, steps) in runs.items():
         # by symmetry row k of the logits has one value at its own class, u_k, and another at the c - 1 others, v_k
