@@ -49,7 +49,7 @@ data/python: .venv/installed  ## the embedded corpus: the source of Python's own
 	$(PY) data/prepare.py python --out=$@
 
 data/c4:
-	@echo "make it first: $(PY) data/prepare.py c4 --out=data/c4 --train_shards=0-28 (29 of 1,024 files; 1b needs 220)"; exit 1
+	@echo "make it first: $(PY) data/prepare.py c4 --out=data/c4 --train_shards=0-28"; exit 1
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12")'
