@@ -32,6 +32,7 @@ from diagnostics import Probe
 from loader import Batches, DataError, Sequences
 from model import SIZES, Config, LLaMA
 from run import Folder, Log, World, hardware
+from sweep import markdown
 
 HERE = Path(__file__).resolve().parent
 SHAPES = {"nano": (4096, 64, 128), "60m": (32000, 8, 256)}  # vocabulary, sequences, length; others: as the paper
@@ -71,8 +72,7 @@ def spread(numbers, form=",.0f"):
 
 
 def show(title, head, rows):
-    print(f"\n{title}\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)),
-          flush=True)
+    print(f"\n{title}\n\n{markdown(head, rows)}", flush=True)
 
 
 # ---- a training step ------------------------------------------------------------------------------------------------

@@ -161,6 +161,14 @@ def above(ladder, value):
     return [v for v in ladder if v > value * 1.01][:1]
 
 
+def down(make, run, args):
+    """Down the ladder from a run that diverged, to the first that does not: the runs of the way, `run` first."""
+    tried = [run]
+    while tried[-1].diverged and (lower := below(LADDER, tried[-1].settings["lr"])):
+        tried += execute([make(lr=lower[0])], args)
+    return tried
+
+
 def tune(make, axes, args):
     """Search the best settings: down from a learning rate that diverges; then along one axis after the other, to the
     next value up or down while that is better, round and round until no neighbour on any axis is.
@@ -168,12 +176,8 @@ def tune(make, axes, args):
     Args: make(**changes) -> Run; axes, {setting: ladder of values}. Returns the best run and all that were tried.
     """
     axes = {axis: ladder for axis, ladder in axes.items() if axis not in args.override}
-    best = make()
-    tried, moved = {best.out: best}, True
-    execute([best], args)
-    while best.diverged and "lr" in axes and (lower := below(LADDER, best.settings["lr"])):
-        best = execute([make(lr=lower[0])], args)[0]
-        tried[best.out] = best
+    tried = {run.out: run for run in down(make, execute([make()], args)[0], args)}
+    best, moved = list(tried.values())[-1], True
     while moved:
         moved = False
         for axis, ladder in axes.items():
@@ -191,11 +195,8 @@ def tune(make, axes, args):
 def largest_stable(make, args):
     """The largest learning rate of the ladder at which make(lr=...) does not diverge, found down or up from its own,
     and all runs that this took."""
-    run = execute([make()], args)[0]
-    tried = [run]
-    while run.diverged and (lower := below(LADDER, run.settings["lr"])):
-        run = execute([make(lr=lower[0])], args)[0]
-        tried.append(run)
+    tried = down(make, execute([make()], args)[0], args)
+    run = tried[-1]
     while run.final and (higher := above(LADDER, run.settings["lr"])):
         up = execute([make(lr=higher[0])], args)[0]
         tried.append(up)

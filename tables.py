@@ -68,6 +68,11 @@ def search(name, args, axes=True, **changes):
                 {"lr": LADDER} | (METHODS[name]["axes"] if axes else {}), args)
 
 
+def state_bytes(s):
+    """Of the optimizer's state, a parameter, in fp32."""
+    return {"adamw": 8, "sgd": 4, "clipped_sgd": 4}[s["optimizer"]] if s.get("momentum", 1) else 0
+
+
 # ---- artefacts ------------------------------------------------------------------------------------------------------
 
 def demo(args):
@@ -97,13 +102,12 @@ def gap(args):
     for name, runs in again.items():
         best, tried = found[name]
         s = best.settings
-        state = {"adamw": 8, "sgd": 4, "clipped_sgd": 4}[s["optimizer"]] if s.get("momentum", 1) else 0
         ms = [1000 * run.tokens_per_step / run.tok_per_s for run in runs if run.tok_per_s]
         rows += [run.row(adam) | {"role": "seed"} for adam, run in zip(again["Adam"], runs)]
         rows += [run.row(found["Adam"][0]) | {"role": "search"} for run in tried]
         lines.append((name, best.tuned, verdict(runs),
-                      plus_minus([gap_to(adam, run) for adam, run in zip(again["Adam"], runs)], "+.1%"), str(state),
-                      number(statistics.median(ms) if ms else None, ",.0f"), str(len(tried))))
+                      plus_minus([gap_to(adam, run) for adam, run in zip(again["Adam"], runs)], "+.1%"),
+                      str(state_bytes(s)), number(statistics.median(ms) if ms else None, ",.0f"), str(len(tried))))
     table = markdown(("method", "best settings", "validation loss", "gap to Adam", "state, bytes a parameter",
                       "ms a step", "runs of the search"), lines)
 
@@ -310,9 +314,9 @@ def memory(s, vocab, length, gpu=True):
     """
     from model import Config
     c = Config.named(s["model"], vocab)
-    state = {"adamw": 8, "sgd": 4, "clipped_sgd": 4}[s["optimizer"]] if s.get("momentum", 1) else 0
     rows = (s.get("micro_batch") or s["batch_size"]) * length
-    return {"weights": 4 * c.parameters, "gradients": 4 * c.parameters, "optimizer state": state * c.parameters,
+    return {"weights": 4 * c.parameters, "gradients": 4 * c.parameters,
+            "optimizer state": state_bytes(s) * c.parameters,
             "activations": (2 if gpu else 4) * rows * c.layers * (7 * c.hidden + 3 * c.ffn),
             "logits": (4096 * 10 if gpu else 256 * 12) * vocab}
 
@@ -363,9 +367,9 @@ ARTEFACTS = {f.__name__: f for f in (demo, gap, lr, ablation, batch, dynamics, c
 
 
 def value(text):
-    """A setting's text as a number, true, false or None where it is one."""
-    if text in ("none", "true", "false"):
-        return {"none": None}.get(text, text)
+    """A setting's text as a number or None where it is one."""
+    if text == "none":
+        return None
     for kind in (int, float):
         try:
             return kind(text)

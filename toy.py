@@ -11,6 +11,7 @@ Everything is full batch and deterministic. The question that is new here: does 
 rare classes what sign descent does? Each writes results/toy/NAME.md, .json and .png.
 """
 import argparse
+import copy
 import math
 import time
 from pathlib import Path
@@ -253,12 +254,10 @@ def hessian(args):
                 classes = torch.linspace(0, len(model.group) - 1, 40).round().long()
                 blocks = model.hessian_block_traces(p, classes).abs()
                 off = blocks[~torch.eye(40, dtype=torch.bool)]
-                kept = model.W, model.b
-                model.W, model.b = -model.W, -model.b  # the mirrored path
-                _, mirrored = model.gradients()
-                a, b = torch.linalg.vector_norm(model.W.grad, dim=1), model.hessian_traces(mirrored)
-                model.W, model.b = kept
-                model.gradients()
+                mirror = copy.copy(model)  # the same data
+                mirror.W, mirror.b = -model.W, -model.b
+                _, mirrored = mirror.gradients()
+                a, b = torch.linalg.vector_norm(mirror.W.grad, dim=1), mirror.hessian_traces(mirrored)
                 seen[t] = {"gradient": x, "trace": y, "correlation": rank_correlation(x, y),
                            "mirrored": rank_correlation(a, b),
                            "blocks": (blocks.diagonal().median() / off.median()).item()}
