@@ -1,4 +1,4 @@
-"""What the paper plots along training (arXiv 2605.17787), from the weights, the gradients and a step.
+"""What the papers plot along training: quantities of a step (arXiv 2605.17787) and groups of tokens (2402.19449).
 
 For the tensors W with gradients g, at a step that changes W by dW:
     weight-to-gradient ratio   mean over the tensors of ||W||_F / ||g||_F        [ours: the paper says "Avg." only]
@@ -8,6 +8,17 @@ For the tensors W with gradients g, at a step that changes W by dW:
 g is the gradient of the mean loss of the batch, before any clip. Values are 0-d tensors on the device: no host sync.
 """
 import torch
+
+
+def frequency_groups(counts, groups=10):
+    """The group of each token class, 0 (frequent) to groups - 1 (rare), int64 [vocab]: with the classes in descending
+    order of counts [vocab], a class falls where the middle of its share of the tokens does, so that each group holds
+    about 1/groups of them (arXiv 2402.19449, appendix; the middle is ours)."""
+    order = counts.argsort(descending=True, stable=True)
+    share = counts[order].double() / counts.sum()
+    group = torch.empty_like(order)
+    group[order] = ((share.cumsum(0) - share / 2) * groups).long().clamp(max=groups - 1)
+    return group
 
 
 class Probe:

@@ -61,6 +61,20 @@ def open_shard(path):
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER, shape=(n,))
 
 
+def token_counts(folder, vocab_size):
+    """How often each token is in the training set, int64 [vocab_size]; None if the directory does not say."""
+    path = Path(folder) / "token_counts.npy"
+    if not path.exists():
+        return None
+    try:
+        counts = np.load(path)  # refuses pickles
+        if counts.shape != (vocab_size,) or counts.dtype.kind not in "iu" or counts.min() < 0 or not counts.any():
+            raise ValueError(f"{counts.dtype} {list(counts.shape)}")
+    except (ValueError, EOFError) as e:
+        raise DataError(f"{path} does not hold {vocab_size} counts ({e}): prepare the data again") from None
+    return torch.from_numpy(counts.astype(np.int64))
+
+
 class Sequences:
     """The sequences of one split, by number.
 

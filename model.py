@@ -1,7 +1,8 @@
 """LLaMA, as small as it goes, under Hugging Face's parameter names.
 
 Vocabulary from the data, untied embeddings, no biases, RMSNorm before each sub-layer, rotary positions, causal
-attention, SwiGLU, no dropout; weights N(0, 0.02), gains 1 (arXiv 2605.17787 and its release).
+attention, SwiGLU, no dropout; weights N(0, 0.02), gains 1 (arXiv 2605.17787 and its release). Config's `embedding` and
+`init` are the arms of Spike No More (arXiv 2312.16903).
 
 The logits of a batch never exist all at once. At 64 sequences of 256 tokens and a vocabulary of 32,000 they would take
 2 GiB in fp32, and their gradient as much again. The output layer and the cross-entropy are one function instead, which
@@ -9,6 +10,7 @@ walks over chunks of rows and works out its gradients while it has the logits in
 
     >>> model = LLaMA(Config.named("nano", vocab_size=4096))
     >>> loss_sum = model(tokens, targets)    # [B, T] int64 each -> fp32 scalar, the SUM of the token losses
+    >>> losses = model(tokens, targets, reduction="none")    # [B, T] each token's, without a gradient
     >>> logits = model(tokens)               # [B, T, vocab_size]
 """
 from dataclasses import dataclass
@@ -36,10 +38,12 @@ class Config:
     layers: int
     heads: int
     vocab_size: int
+    embedding: str | None = None  # what is done to the embedding's output: "detach", "norm", "scale" or nothing
+    init: str | None = None       # "small", or N(0, 0.02)
 
     @classmethod
-    def named(cls, name, vocab_size):
-        return cls(*SIZES[name], vocab_size)
+    def named(cls, name, vocab_size, **more):
+        return cls(*SIZES[name], vocab_size, **more)
 
     @property
     def matrices(self):
@@ -49,7 +53,8 @@ class Config:
     @property
     def parameters(self):
         """Their number: those, the embedding and the gains of the norms."""
-        return self.matrices + self.vocab_size * self.hidden + (2 * self.layers + 1) * self.hidden
+        norms = 2 * self.layers + 1 + (self.embedding == "norm")
+        return self.matrices + self.vocab_size * self.hidden + norms * self.hidden
 
     def flops_per_token(self, length):
         """FLOPs of forward and backward: 6 a weight in a product, and 6 * layers * length * hidden for attention, half
@@ -136,8 +141,10 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.head_dim = c.hidden // c.heads
+        self.embedding, self.hidden, self.head_dim = c.embedding, c.hidden, c.hidden // c.heads
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden)
+        if c.embedding == "norm":
+            self.embed_norm = nn.LayerNorm(c.hidden, bias=False)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.layers))
         self.norm = RMSNorm(c.hidden)
 
@@ -146,59 +153,67 @@ class Decoder(nn.Module):
 
     def body(self, x):
         """x [B, T, hidden], the embedded tokens -> the normed output of the last layer, [B, T, hidden]."""
+        if self.embedding == "detach":  # a tenth of the gradient passes
+            x = 0.1 * x + 0.9 * x.detach()
+        elif self.embedding == "norm":
+            x = self.embed_norm(x)
+        elif self.embedding == "scale":
+            x = x * self.hidden**0.5
         cos, sin = rotary(x.shape[1], self.head_dim, x.device)
         for layer in self.layers:
             x = layer(x, cos, sin)
         return self.norm(x)
 
 
-def chunk_loss(h, w, y):
-    """Rows h [n, hidden], output matrix w [vocab, hidden], targets y [n] -> their loss, summed, and its gradient in the
-    logits, softmax - onehot, [n, vocab] in h's dtype."""
+def chunk_loss(h, w, y, weight):
+    """Rows h [n, hidden], output matrix w [vocab, hidden], targets y [n], weight of each row [n] -> the weighted losses
+    [n], and the gradient of their sum in the logits, weight * (softmax - onehot), [n, vocab] in h's dtype."""
     logits = (h @ w.T).float()
-    valid = y != IGNORE
     label = y.clamp(min=0)[:, None]
     norm = logits.logsumexp(-1, keepdim=True)
-    loss = ((norm - logits.gather(-1, label)).squeeze(-1) * valid).sum()
+    losses = (norm - logits.gather(-1, label)).squeeze(-1) * weight
     onehot = torch.arange(logits.shape[1], device=y.device) == label
-    return loss, (((logits - norm).exp() - onehot.float()) * valid[:, None]).to(h.dtype)
+    return losses, (((logits - norm).exp() - onehot.float()) * weight[:, None]).to(h.dtype)
 
 
 class OutputLoss(torch.autograd.Function):
-    """The output layer and the cross-entropy: sum of -log softmax(hidden @ weight.T)[targets] over the rows.
+    """The output layer and the cross-entropy: -log softmax(hidden @ weight.T)[targets], each times its `scale`: their
+    sum, and the N of them, which pass no gradient.
 
-    hidden [N, hidden], weight [vocab, hidden], targets [N] int64 or IGNORE; `chunk` rows at a time. Forward computes
+    hidden [N, hidden], weight [vocab, hidden], targets [N] int64, scale [N]; `chunk` rows at a time. Forward computes
     the gradients (if `grad`) while it has the logits in hand: they cost less to keep ([N, hidden] and the weight's own
     shape) than the logits ([N, vocab]) would. Products run in the autocast dtype, all else in fp32.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk, chunk_loss, grad):
+    def forward(ctx, hidden, weight, targets, scale, chunk, chunk_loss, grad):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         h, w = hidden.to(dtype), weight.to(dtype)
         grad_h = torch.empty_like(h) if grad else None
         grad_w = torch.zeros_like(weight) if grad else None
-        total = torch.zeros((), device=hidden.device)
+        losses = torch.empty(len(h), device=hidden.device)
         for i in range(0, len(h), chunk):
-            rows = h[i:i + chunk]
-            loss, g = chunk_loss(rows, w, targets[i:i + chunk])  # g costs little, and alone the loss compiles worse
-            total += loss
+            of = slice(i, i + chunk)
+            rows = h[of]
+            # for an evaluation too: g costs little, and alone the loss compiles worse
+            losses[of], g = chunk_loss(rows, w, targets[of], scale[of])
             if grad:
-                torch.mm(g, w, out=grad_h[i:i + chunk])
+                torch.mm(g, w, out=grad_h[of])
                 if dtype == weight.dtype:
                     grad_w.addmm_(g.T, rows)
                 else:
                     grad_w += g.T @ rows
         ctx.grads = grad_h, grad_w
-        return total
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx, grad_output, _):
         if ctx.grads is None:
             raise RuntimeError("OutputLoss scales its gradients in place, so backward runs once for a forward")
         (grad_h, grad_w), ctx.grads = ctx.grads, None
-        return grad_h.mul_(grad_output), grad_w.mul_(grad_output), None, None, None, None
+        return grad_h.mul_(grad_output), grad_w.mul_(grad_output), None, None, None, None, None
 
 
 class LLaMA(nn.Module):
@@ -208,9 +223,13 @@ class LLaMA(nn.Module):
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden, config.vocab_size, bias=False)
         self.chunk_loss = chunk_loss
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
+                std = 0.02
+                if config.init == "small":  # arXiv 2312.16903, section 3
+                    std = (2 / (5 * config.hidden)) ** 0.5
+                    std /= (2 * config.layers) ** 0.5 if name.endswith(("o_proj", "down_proj")) else 1
+                nn.init.normal_(module.weight, std=std)
 
     def compile(self):
         """torch.compile, in place. Two things stay outside: the embedding, since compiled for a CPU its backward adds
@@ -218,12 +237,18 @@ class LLaMA(nn.Module):
         self.model.body = torch.compile(self.model.body)
         self.chunk_loss = torch.compile(chunk_loss)
 
-    def forward(self, tokens, targets=None, chunk=None):
+    def forward(self, tokens, targets=None, class_weights=None, reduction="sum", chunk=None):
         """tokens [B, T] int64. Without targets: logits [B, T, vocab]. With targets [B, T] (int64, IGNORE to skip):
-        the sum of the token losses in nats, an fp32 scalar; `chunk` rows of logits exist at a time."""
+        the sum of the token losses in nats, an fp32 scalar, or with reduction "none" each of them, [B, T] fp32 without
+        a gradient; times class_weights[target], [vocab], if given. `chunk` rows of logits exist at a time."""
         x = self.model(tokens)
         if targets is None:
             return self.lm_head(x)
+        y = targets.flatten()
+        scale = (y != IGNORE).float()
+        if class_weights is not None:
+            scale *= class_weights[y.clamp(min=0)]
         chunk = chunk or (4096 if x.is_cuda else 256)  # a CPU's cache holds 256 rows; a GPU wants larger products
-        return OutputLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), chunk, self.chunk_loss,
-                                torch.is_grad_enabled())
+        total, losses = OutputLoss.apply(x.flatten(0, 1), self.lm_head.weight, y, scale, chunk, self.chunk_loss,
+                                         torch.is_grad_enabled())
+        return total if reduction == "sum" else losses.view_as(targets)

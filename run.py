@@ -222,8 +222,9 @@ class Log:
                  f"gradient {line['grad_norm']:<8.2g}  {speed:,.0f} tok/s  "
                  f"{'clipped ' + ', '.join(clips) + '  ' if clips else ''}{clock(left)} left")
 
-    def evaluation(self, step, loss, tokens):
-        self.folder.append([{"step": step, "val_loss": loss, "val_tokens": tokens}])
+    def evaluation(self, step, loss, tokens, groups):
+        more = {"group_losses": [x if math.isfinite(x) else None for x in groups]} if groups else {}
+        self.folder.append([{"step": step, "val_loss": loss, "val_tokens": tokens, **more}])
         self.say(f"{self.head(step)}  validation loss {loss:.4f}")
 
     def final(self, status, step, loss, seconds):

@@ -28,8 +28,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import optim
-from diagnostics import Probe
-from loader import Batches, DataError, Sequences, eval_blocks
+from diagnostics import Probe, frequency_groups
+from loader import Batches, DataError, Sequences, eval_blocks, token_counts
 from model import IGNORE, SIZES, Config, LLaMA
 from run import Folder, Log, UserError, World, describe
 
@@ -39,6 +39,8 @@ class Settings:
     out: str = ""                      # folder of this run; the run that it holds is continued
     data: str = "data/python"          # data directory, made by data/prepare.py
     model: str = "nano"                # nano, 60m, 130m, 350m or 1b; the vocabulary is the data's
+    embedding: str | None = None       # detach, norm or scale: what is done to the embedding's output; or none
+    init: str | None = None            # small: weights sqrt(2/5d), those out of sub-layers / sqrt(2 layers); none: 0.02
     seed: int = 42                     # of the initial weights and of the order of the data
     optimizer: str = "clipped_sgd"     # clipped_sgd, sgd or adamw
     lr: float = 100.0                  # peak learning rate; to be given for sgd and adamw, whose scales are others
@@ -49,6 +51,7 @@ class Settings:
     beta2: float = 0.95                # adamw
     weight_decay: float = 0.0          # adamw: decoupled, times lr
     grad_clip: float | None = None     # any optimizer: largest global L2 norm of the gradient; or none
+    loss_weighting: str | None = None  # inv or inv_sqrt: training losses times 1/pi, 1/sqrt(pi) of the token; or none
     batch_size: int = 64               # sequences of a step, over all devices and micro-batches
     micro_batch: int | None = None     # sequences that a device takes at a time; none: its whole share
     steps: int = 200                   # optimizer steps
@@ -66,6 +69,7 @@ class Settings:
 
 USES = {"clipped_sgd": ("momentum", "token_clip", "update_clip"), "sgd": ("momentum",),
         "adamw": ("beta1", "beta2", "weight_decay")}
+CHOICES = {"embedding": ("detach", "norm", "scale"), "init": ("small",), "loss_weighting": ("inv", "inv_sqrt")}
 ELSEWHERE = ("out", "data", "micro_batch", "log_every", "diag_every", "save_every", "compile",
              "device")  # may change on resume
 
@@ -104,6 +108,8 @@ def parse(argv):
             raise UserError(message, 2)
     need(s.out, "--out is missing: name a folder for the run, for instance --out=runs/first")
     need(s.model in SIZES, f"--model={s.model}: choose from {', '.join(SIZES)}")
+    for name, choices in CHOICES.items():
+        need(getattr(s, name) in (None, *choices), f"--{name}={getattr(s, name)}: choose {', '.join(choices)} or none")
     need(s.optimizer in USES, f"--optimizer={s.optimizer}: choose from {', '.join(USES)}")
     for optimizer, names in USES.items():
         for name in names:
@@ -152,15 +158,22 @@ def compiles(device):
 
 
 @torch.no_grad()
-def evaluate(model, sequences, tokens, rows, world):
-    """Validation loss in nats, in fp32, and the number of its targets: the sum of the token losses of a fixed set over
-    their number, on all ranks; `rows` sequences at a time."""
-    total = torch.zeros(2, dtype=torch.float64, device=world.device)  # losses, targets
+def evaluate(model, sequences, tokens, rows, world, group=None):
+    """Validation loss in nats, in fp32, the number of its targets and the loss of each group of tokens: sums of the
+    token losses of a fixed set over their number, on all ranks; `rows` sequences at a time.
+
+    `group`, int64 [vocab], is the group of each token; without it there are no groups' losses. A group that no target
+    is of has the loss nan.
+    """
+    groups = 1 if group is None else int(group.max()) + 1
+    total = torch.zeros(2, groups, dtype=torch.float64, device=world.device)  # losses, targets
     for x, y in eval_blocks(sequences, tokens, rows, world.rank, world.size):
         x, y = x.to(world.device), y.to(world.device)
-        total += torch.stack((model(x, y).double(), (y != IGNORE).sum().double()))
-    loss, count = world.sum(total).tolist()
-    return loss / count, int(count)
+        which = torch.zeros_like(y) if group is None else group[y.clamp(min=0)]
+        both = model(x, y, reduction="none").double(), (y != IGNORE).double()
+        total += torch.stack([torch.bincount(which.flatten(), each.flatten(), groups) for each in both])
+    losses, counts = world.sum(total)
+    return (losses.sum() / counts.sum()).item(), int(counts.sum()), [] if group is None else (losses / counts).tolist()
 
 
 def open_data(s):
@@ -182,9 +195,20 @@ def train(s):
     share = s.batch_size // world.size
     rows = s.micro_batch or share
 
+    # token classes: groups by frequency, and weights of the training losses, whose mean over the training set is 1
+    counts = world.first(lambda: token_counts(s.data, valid.vocab_size))
+    token_group = None if counts is None else frequency_groups(counts).to(device)
+    weights = None
+    if s.loss_weighting:
+        if counts is None:
+            raise UserError(f"--loss_weighting={s.loss_weighting} needs {s.data}/token_counts.npy: prepare it again")
+        pi = counts.double() / counts.sum()
+        weights = (pi ** {"inv": -1, "inv_sqrt": -0.5}[s.loss_weighting]).where(counts > 0, 0)
+        weights = (weights / (pi * weights).sum()).float().to(device)
+
     # model and optimizer; the weights are drawn on the CPU, so that a seed means the same everywhere
     torch.manual_seed(s.seed)
-    model = LLaMA(Config.named(s.model, valid.vocab_size)).to(device)
+    model = LLaMA(Config.named(s.model, valid.vocab_size, embedding=s.embedding, init=s.init)).to(device)
     optimizer = optim.build(s.optimizer, model, s.lr, **{name: getattr(s, name) for name in USES[s.optimizer]})
     optimizer.report = True
     parameters, probe = list(model.parameters()), Probe(model)
@@ -216,7 +240,7 @@ def train(s):
         signal.signal(number, lambda n, frame: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
 
     if start == 0:
-        log.evaluation(0, *evaluate(model, valid, s.eval_tokens, rows, world))
+        log.evaluation(0, *evaluate(model, valid, s.eval_tokens, rows, world, token_group))
     began = time.perf_counter()
     for step in range(start, s.steps):
         for group in optimizer.param_groups:
@@ -231,7 +255,7 @@ def train(s):
             quiet = replica.no_sync() if world.size > 1 and i + rows < share else contextlib.nullcontext()
             with quiet:
                 with torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bfloat16"):
-                    part = replica(x[i:i + rows], y[i:i + rows]) / targets
+                    part = replica(x[i:i + rows], y[i:i + rows], weights) / targets
                 (part * world.size).backward()
             total += part.detach()
 
@@ -255,8 +279,8 @@ def train(s):
             spent, diverged = log.flush(step, began)
             seconds += spent
             if to_eval and not diverged:
-                loss, tokens = evaluate(model, valid, s.eval_tokens, rows, world)
-                log.evaluation(step, loss, tokens)
+                loss, *more = evaluate(model, valid, s.eval_tokens, rows, world, token_group)
+                log.evaluation(step, loss, *more)
                 diverged = None if math.isfinite(loss) else step
             if diverged:
                 return log.final("diverged", diverged, None, seconds)

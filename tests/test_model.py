@@ -100,6 +100,43 @@ def test_loss_and_gradients_are_the_references(case, chunk):
         assert model(tokens, targets, chunk=chunk).item() == ours.item()
 
 
+def test_losses_of_the_tokens_and_class_weights_are_the_references(case):
+    model, tokens, targets, logits, *_ = case
+    each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
+    torch.testing.assert_close(model(tokens, targets, reduction="none", chunk=7).flatten().double(), each, rtol=1e-5, atol=1e-5)
+    weights = torch.rand(97)
+    whole = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), weights, ignore_index=IGNORE, reduction="sum")
+    expected = torch.autograd.grad(whole, list(model.parameters()))
+    ours = model(tokens, targets, weights, chunk=7)
+    assert ours.item() == pytest.approx(whole.item(), rel=1e-5)
+    for a, b in zip(torch.autograd.grad(ours, list(model.parameters())), expected):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
+
+
+def test_the_arms_of_spike_no_more():
+    def start(**changes):
+        torch.manual_seed(0)
+        model = LLaMA(Config.named("nano", 2000, **changes))
+        assert sum(p.numel() for p in model.parameters()) == model.config.parameters
+        return model
+    tokens = torch.randint(2000, (2, 16))
+    models = {arm: start(embedding=arm, init="small") for arm in (None, "detach", "norm", "scale")}
+    sigma = math.sqrt(2 / 5 / 128)  # section 3: outputs of sub-layers get 1 / sqrt(2 * 4 layers) of it
+    for name, p in models[None].named_parameters():
+        if "norm" not in name:
+            std = sigma / math.sqrt(8) if "o_proj" in name or "down_proj" in name else sigma
+            assert p.std().item() == pytest.approx(std, rel=0.02), name
+    seen = {}
+    for arm, model in models.items():
+        model.model.layers[0].register_forward_pre_hook(lambda module, args: seen.update({arm: args[0]}))
+        model(tokens, tokens).backward()
+    assert torch.allclose(seen["detach"], seen[None]) and torch.allclose(seen["scale"], seen[None] * math.sqrt(128))
+    assert seen["scale"].std().item() == pytest.approx(math.sqrt(0.4), rel=0.05)
+    assert seen["norm"].std().item() == pytest.approx(1, rel=0.01)
+    whole, tenth = (models[arm].model.embed_tokens.weight.grad for arm in (None, "detach"))
+    torch.testing.assert_close(tenth, whole / 10)
+
+
 def test_all_targets_ignored_is_no_loss_and_no_gradient(case):
     model, tokens, targets, *_ = case
     model.zero_grad()

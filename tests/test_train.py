@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
 import train
 from conftest import ROOT, TINY, metrics, one_line, settings
-from diagnostics import Probe
+from diagnostics import Probe, frequency_groups
+from loader import Batches, Sequences, eval_blocks
 from model import Config, LLaMA
 
 SCRIPT = ROOT / "train.py"
@@ -76,6 +78,12 @@ def test_metrics_config_and_schedule(whole, stream):
     steps = [x for x in lines if "train_loss" in x]
     assert [x["step"] for x in steps] == list(range(1, 13)) and [x["tokens"] for x in steps] == [8 * 32 * k for k in range(1, 13)]
     evals = [x for x in lines if "val_tokens" in x]
+    group = frequency_groups(torch.from_numpy(np.load(stream / "token_counts.npy")))
+    first = next(eval_blocks(Sequences(stream, "val"), 500, 16))[1]  # 16 sequences of 32: the whole evaluation set
+    share = torch.bincount(group[first.flatten()], minlength=10) / first.numel()
+    for x in evals:
+        assert len(x["group_losses"]) == 10
+        assert sum(p * (loss or 0) for p, loss in zip(share.tolist(), x["group_losses"])) == pytest.approx(x["val_loss"])
     assert [x["step"] for x in evals] == [0, 6, 12] and all(500 <= x["val_tokens"] < 532 for x in evals)
     assert evals[0]["val_loss"] == pytest.approx(math.log(500), abs=0.2) and evals[-1]["val_loss"] < evals[0]["val_loss"] - 0.3
     assert lines[-1] == {"final": True, "status": "done", "step": 12, "val_loss": evals[-1]["val_loss"]}
@@ -89,14 +97,17 @@ def test_metrics_config_and_schedule(whole, stream):
 
 
 def test_the_loss_in_the_log_is_the_mean_over_the_whole_batch(stream, tmp_path):
-    from loader import Batches, Sequences
-    from model import Config, LLaMA
     torch.manual_seed(42)
     model = LLaMA(Config.named("nano", 500))
     x, y, _ = Batches(Sequences(stream, "train"), 8, 42)(0)
-    expected = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).item()
-    here(data=stream, out=tmp_path, steps=1, warmup=0, micro_batch=2)
-    assert next(x for x in metrics(tmp_path) if "train_loss" in x)["train_loss"] == pytest.approx(expected, rel=1e-5)
+    losses = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="none")
+    counts = torch.from_numpy(np.load(stream / "token_counts.npy"))
+    weights = {None: counts > -1, "inv": 1 / counts, "inv_sqrt": 1 / counts.sqrt()}
+    for name, w in weights.items():
+        mean = (w * counts)[counts > 0].sum() / counts.sum()  # 1 for the mean token of the training set
+        here(data=stream, out=tmp_path / str(name), steps=1, warmup=0, micro_batch=2, **{"loss_weighting": name})
+        first = next(x for x in metrics(tmp_path / str(name)) if "train_loss" in x)
+        assert first["train_loss"] == pytest.approx((losses * w[y.flatten()]).mean().item() / mean.item(), rel=1e-4)
 
 
 def test_a_finished_run_is_left_alone(whole, stream, capsys):
@@ -126,7 +137,6 @@ def test_the_baselines_learn(optimizer, more, stream, tmp_path):
 
 
 def test_grad_clip_bounds_what_the_optimizer_sees(stream, tmp_path):
-    from model import Config, LLaMA
     here(data=stream, out=tmp_path, optimizer="sgd", lr=10, momentum=0, grad_clip=1e-3, steps=1, warmup=0, min_lr=1)
     torch.manual_seed(42)
     start = LLaMA(Config.named("nano", 500)).state_dict()
@@ -251,6 +261,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(stream, tmp_path):
     (["--lr=0"], ["--lr", "above 0"]), (["--lr=-1"], ["--lr", "above 0"]), (["--lr=nan"], ["--lr"]), (["--lr=1", "--steps=0"], ["--steps"]),
     (["--warmup=1.5"], ["--warmup", "fraction"]), (["--warmup=50"], ["--warmup", "fraction"]), (["--momentum=1"], ["--momentum"]),
     (["--model=7b"], ["7b", "130m"]), (["--optimizer=lion"], ["lion", "adamw"]), (["--out="], ["--out"]), (["--dtype=fp8"], ["fp8"]),
+    (["--embedding=big"], ["--embedding=big", "detach, norm, scale"]), (["--loss_weighting=1"], ["inv_sqrt"]),
     (["--optimizer=adamw", "--lr=1", "--token_clip=1"], ["--token_clip", "adamw"]), (["--seed=-1"], ["--seed"]),
     (["--optimizer=sgd"], ["--lr is missing"]), (["--seed=36893488147419103232"], ["--seed"]),
     (["--batch_size=8", "--micro_batch=3"], ["--micro_batch=3", "8"]), (["--batch_size=100000"], ["100000"]),
@@ -282,6 +293,12 @@ def test_bad_data(stream, tmp_path, capsys, monkeypatch):
     for bad, word in ((good[:-1], "truncated"), (b"", "header"), (b"\0" * len(good), "magic"), (good[:1024] + b"\xff" * (len(good) - 1024), "vocab_size")):
         shard.write_bytes(bad)
         refuse(capsys, monkeypatch, shard, word, data=data, out=tmp_path / word)
+    shard.write_bytes(good)
+    for bad in (b"", b"12", good):
+        (data / "token_counts.npy").write_bytes(bad)
+        refuse(capsys, monkeypatch, "token_counts.npy", "500", data=data, out=tmp_path / "run")
+    (data / "token_counts.npy").unlink()
+    refuse(capsys, monkeypatch, "--loss_weighting", "token_counts.npy", data=data, out=tmp_path / "run", loss_weighting="inv")
     (data / "meta.json").write_text("{")
     refuse(capsys, monkeypatch, "meta.json", "broken", data=data, out=tmp_path / "run")
     (data / "meta.json").unlink()
@@ -342,6 +359,14 @@ def test_help_lists_every_setting(capsys):
     out = capsys.readouterr().out
     assert not e.value.code and all(f"--{name} " in out and f"[{getattr(train.Settings, name)}]" in out for name in train.Settings.__dataclass_fields__)
     assert all(k in train.Settings.__dataclass_fields__ for k in TINY)
+
+
+def test_frequency_groups_hold_equal_shares():
+    counts = torch.cat([torch.full((2**i,), 2 ** (5 - i)) for i in range(5)])  # five groups of 32 samples
+    mixed = torch.randperm(len(counts), generator=torch.Generator().manual_seed(0))
+    expected = torch.cat([torch.full((2**i,), i) for i in range(5)])
+    assert frequency_groups(counts[mixed], 5).tolist() == expected[mixed].tolist()
+    assert frequency_groups(torch.tensor([0, 90, 0, 10]), 10).tolist() == [9, 4, 9, 9]  # one class over several groups
 
 
 def test_the_looks_are_what_they_say(stream, tmp_path):
