@@ -96,6 +96,11 @@ class Run:
     def tokens_per_step(self):
         return self.steps[0]["tokens"] // self.steps[0]["step"] if self.steps else 0
 
+    @property
+    def spikes(self):
+        """The steps, from 1, at which the gradient norm spikes."""
+        return [self.steps[i]["step"] for i in spike_steps([x["grad_norm"] or 0.0 for x in self.steps])]
+
     def mean(self, name):
         """The mean over the run of what some steps' lines have, or None."""
         values = [x[name] for x in self.steps if x.get(name) is not None]
@@ -239,7 +244,7 @@ def verdict(runs):
     return plus_minus([run.loss for run in runs], ".3f")
 
 
-def spikes(norms, window=100, factor=5):
+def spike_steps(norms, window=100, factor=5):
     """The steps, from 0, whose gradient norm exceeds `factor` times the median of the `window` before [ours]."""
     return [i for i in range(window, len(norms))
             if norms[i] > factor * statistics.median(norms[i - window:i])]
@@ -310,7 +315,7 @@ def write(stem, page, caption, source, command, more={}):
     for each in figure.axes:
         each.grid(alpha=0.3)
     figure.suptitle(caption, fontsize=9, wrap=True)
-    figure.savefig(f"{stem}.png", dpi=150)
+    figure.savefig(f"{stem}.png", dpi=150 if columns < 3 else 100)
     plt.close(figure)
     Path(f"{stem}.md").write_text(f"{caption}\n\n{page.table}\n\n`{command}`; {source}\n")
     Path(f"{stem}.json").write_text(json.dumps({"command": command, **more, "rows": page.rows}, indent=1,

@@ -17,8 +17,10 @@ import statistics
 import sys
 from pathlib import Path
 
+from diagnostics import frequency_groups
+from loader import token_counts
 from sweep import (LADDER, Page, Run, execute, gap_to, largest_stable, markdown, number, percent, plus_minus, publish,
-                   seeds, spikes, tune, verdict)
+                   seeds, tune, verdict)
 
 SEED = 42
 # Batch, steps and clips of 130m, 350m and 1b are the paper's; 60m, nano and all of eval_every are ours.
@@ -49,6 +51,14 @@ METHODS = {
                     "paper": {"350m": {"lr": 200.0}, "1b": {"lr": 300.0, "update_clip": 2e-4}},
                     "axes": {"update_clip": (5e-5, 1.58e-4, 5e-4, 1.58e-3, 5e-3),
                              "token_clip": (1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2)}, "line": ("#0072b2", "--", "D")},
+}
+
+# Of Spike No More (arXiv 2312.16903); the first is this repo's model as it is.
+ARMS = {
+    "N(0, 0.02)": ({}, ("#000000", "-", "o")), "Vanilla": ({"init": "small"}, ("#e69f00", ":", "v")),
+    "Embed Detach": ({"init": "small", "embedding": "detach"}, ("#009e73", "-.", "^")),
+    "Embed LN": ({"init": "small", "embedding": "norm"}, ("#0072b2", "--", "D")),
+    "Scaled Embed": ({"init": "small", "embedding": "scale"}, ("#d55e00", ":", "s")),
 }
 
 
@@ -124,46 +134,53 @@ def gap(args):
                 "95% interval of Student's t; the gap is taken seed by seed).", draw)
 
 
+def lr_grid(name, args, **changes):
+    """Runs of a method over learning rates, from one below its start to three above."""
+    centre = method(name, args).settings["lr"]
+    i = min(range(len(LADDER)), key=lambda i: abs(math.log(LADDER[i] / centre)))
+    return [method(name, args, **changes, lr=value) for value in sorted({*LADDER[i - 1:i + 4], centre})]
+
+
+def stable(runs):
+    """Of runs by rising lr: the largest below the first that diverged, or None, and "at least " if none did."""
+    first = next((i for i, run in enumerate(runs) if run.diverged), len(runs))
+    good = [run.settings["lr"] for run in runs[:first] if run.final]
+    return good[-1] if good else None, "" if first < len(runs) else "at least "
+
+
+def plot_by_lr(axes, runs, line, label):
+    """The final losses of runs against their lr, and an x at the top for each that has none."""
+    color, dash, mark = line
+    good = [run for run in runs if run.loss < math.inf]
+    axes.plot([r.settings["lr"] for r in good], [r.loss for r in good], dash, color=color, marker=mark, label=label)
+    for run in runs:
+        if run not in good:
+            axes.plot(run.settings["lr"], 0.97, "x", color=color, transform=axes.get_xaxis_transform())
+
+
 def lr(args):
-    runs = {}
-    for name in METHODS:
-        centre = method(name, args).settings["lr"]
-        i = min(range(len(LADDER)), key=lambda i: abs(math.log(LADDER[i] / centre)))
-        runs[name] = [method(name, args, lr=value) for value in sorted({*LADDER[i - 1:i + 4], centre})]
+    runs = {name: lr_grid(name, args) for name in METHODS}
     every = execute([run for some in runs.values() for run in some], args)
     best = {name: min(some, key=lambda run: run.loss) for name, some in runs.items()}
-
-    def stable(some):
-        """The largest lr below the first that diverged, and whether one did."""
-        first = next((i for i, run in enumerate(some) if run.diverged), len(some))
-        good = [run.settings["lr"] for run in some[:first] if run.final]
-        return good[-1] if good else None, first < len(some)
     rows = [run.row(best["Adam"]) | {"best": run is best[run.label], "effective_lr": run.mean("effective_lr")}
             for run in every]
-    base, known = stable(runs["SGD with momentum"])
+    base, unknown = stable(runs["SGD with momentum"])
     lines = []
     for name, some in runs.items():
-        top, reached = stable(some)
+        top, least = stable(some)
         ok = best[name].loss < math.inf
-        more = "" if reached else "at least "
         lines.append((name, "; ".join(f"{run.settings['lr']:g}: {run.verdict}" for run in some),
                       f"{best[name].settings['lr']:g}" if ok else "-", percent(gap_to(best["Adam"], best[name])),
                       "yes" if ok and best[name] not in (some[0], some[-1]) else "no",
-                      f"{more}{top:g}" if top else "-",
-                      f"{more}{float(f'{top / base:.3g}'):g}" if top and base and known and name != "Adam" else "-",
+                      f"{least}{top:g}" if top else "-", f"{least}{float(f'{top / base:.3g}'):g}"
+                      if top and base and not unknown and name != "Adam" else "-",
                       number(best[name].mean("effective_lr") if ok else None, ".2g")))
     table = markdown(("method", "validation loss by learning rate", "best", "gap to Adam", "best inside the grid",
                       "largest stable", "x SGD with momentum's", "effective lr at the best"), lines)
 
     def draw(axes):
         for name, some in runs.items():
-            color, dash, mark = METHODS[name]["line"]
-            good = [run for run in some if run.loss < math.inf]
-            axes.plot([r.settings["lr"] for r in good], [r.loss for r in good], dash, color=color, marker=mark,
-                      label=name)
-            for run in some:
-                if run not in good:
-                    axes.plot(run.settings["lr"], 0.97, "x", color=color, transform=axes.get_xaxis_transform())
+            plot_by_lr(axes, some, METHODS[name]["line"], name)
         axes.set(xscale="log", xlabel="peak learning rate (x at the top: diverged)",
                  ylabel="final validation loss (nats per token)")
         axes.figure.legend(loc="outside lower center", ncols=3)
@@ -277,11 +294,10 @@ def dynamics(args):
     for (name, size), run in runs.items():
         seen = {k: [x[k] for x in run.steps if x.get(k) is not None] for k in looks}
         middle = {k: statistics.median(values) if values else None for k, values in seen.items()}
-        bursts = spikes(seen["grad_norm"])
-        rows.append(run.row(runs["Adam", size]) | {"size": size, "spikes": bursts, **middle})
+        rows.append(run.row(runs["Adam", size]) | {"size": size, "spikes": run.spikes, **middle})
         lines.append((name, f"{run.settings['batch_size']}", f"{run.settings['lr']:g}", run.verdict,
                       *(number(middle[k], ".3g") for k in looks),
-                      f"{len(bursts)} of {max(0, len(seen['grad_norm']) - 100)}"))
+                      f"{len(run.spikes)} of {max(0, len(run.steps) - 100)}"))
     table = markdown(("method", "batch", "lr", "validation loss", *(f"{v} (median)" for v in looks.values()),
                       "spikes among the steps from 100 on"), lines)
 
@@ -295,13 +311,109 @@ def dynamics(args):
                           linewidth=1.6 if size == "large batch" else 0.9,
                           label=f"{name}, batch {run.settings['batch_size']}")
                 if key == "grad_norm":
-                    for i in spikes([x[key] for x in steps]):
-                        each.plot(tokens[i], steps[i][key], "x", color="red", markersize=5)
+                    for x in (run.steps[i - 1] for i in run.spikes):
+                        each.plot(x["tokens"] / 1e6, x[key], "x", color="red", markersize=5)
             each.set(yscale="log", xlabel="million tokens", title=title)
         axes[0].legend(fontsize=8)
     return Page(table, rows, [run for _, tried in found.values() for run in tried],
                 "Along training, in small and in large batches, each at its best learning rate; a spike (red x) is "
                 "above 5 times the median norm of the 100 steps before.", draw, (1, 4))
+
+
+def frequency(args):
+    """Paper B's figure 1 with clipped SGD as one more optimizer; the runs are those of gap."""
+    counts = token_counts(args.data, shape(args)[0])
+    if counts is None and not args.dry:
+        sys.exit(f"tables.py: {args.data}/token_counts.npy is missing: prepare the data again")
+    best = {name: search(name, args)[0] for name in ("Adam", "SGD with momentum", "clipped SGD")}
+    more = []
+    for weighting in ("inv_sqrt", "inv"):
+        best[f"SGD with momentum, {weighting}"], tried = search("SGD with momentum", args, axes=False,
+                                                                loss_weighting=weighting)
+        more += tried
+    found = {name: seeds(run, args, first=1) for name, run in best.items()}
+    execute([run for runs in found.values() for run in runs], args)
+    if args.dry:
+        return None
+
+    def loss(run, i, when=-1):
+        """Of group i, or of all tokens if i is None; None if the run did not end well, or no target is of the group."""
+        if run.loss == math.inf:
+            return None
+        return run.evals[when]["val_loss"] if i is None else run.evals[when]["group_losses"][i]
+
+    def closed(i):
+        """How much of the gap between SGD and Adam clipped SGD closes, seed by seed."""
+        parts = [[loss(run, i) for run in runs] for runs in
+                 zip(*(found[name] for name in ("SGD with momentum", "clipped SGD", "Adam")))]
+        return plus_minus([None if None in x or x[0] == x[2] else (x[0] - x[1]) / (x[0] - x[2]) for x in parts], ".0%")
+    group = frequency_groups(counts)
+    lines = [(f"{i + 1}", f"{(group == i).sum():,}",
+              *(plus_minus([loss(run, i) for run in runs], ".3f") for runs in found.values()), closed(i))
+             for i in range(10)]
+    lines.append(("all", f"{len(group):,}", *(verdict(runs) for runs in found.values()), closed(None)))
+    table = markdown(("group, frequent to rare", "token classes", *found, "of the gap between SGD with momentum and "
+                      "Adam, clipped SGD closes"), lines)
+    rows = [run.row(adam) | {"name": name, "group_losses": run.evals[-1].get("group_losses") if run.evals else None}
+            for name, runs in found.items() for adam, run in zip(found["Adam"], runs)]
+    told = ", ".join(plus_minus([None if None in ends else ends[0] - ends[1] for run in runs for ends in [
+        (loss(run, 9, 0), loss(run, 9))]], ".2f") + f" ({name})" for name, runs in list(found.items())[:3])
+
+    def draw(axes):
+        for each, (name, runs) in zip(axes, list(found.items())[:3]):
+            for i in range(10):
+                seen = [x for x in runs[0].evals if x["group_losses"][i] is not None]
+                each.plot([x["step"] for x in seen], [x["group_losses"][i] for x in seen], color=str(0.08 * i),
+                          label=f"group {i + 1}" if i in (0, 9) else None, linewidth=2 if i in (0, 9) else 1)
+            each.set(title=name, xlabel="step", ylim=(0, max(x for x in runs[0].evals[0]["group_losses"] if x) * 1.1))
+        axes[0].set_ylabel("validation loss of the group (nats per token)")
+        axes[0].legend()
+    return Page(table, rows, [run for runs in found.values() for run in runs] + more,
+                "Ten groups of tokens, each a tenth of the training text, from frequent (1, dark) to rare (10, pale); "
+                "seed " f"{found['Adam'][0].settings['seed']} is drawn. Paper B: SGD hardly learns the rare groups, "
+                f"Adam all. Here group 10's loss falls by {told} nats.", draw, (1, 3))
+
+
+def spikes(args):
+    """Paper C's arms over learning rates, at half of the tokens: a quarter of the batch, twice the steps."""
+    s = method("Adam", args).settings
+    short = {"batch_size": s["batch_size"] // 4, "steps": 2 * s["steps"], "eval_every": 2 * s["eval_every"]} | (
+        {"micro_batch": min(s["micro_batch"], s["batch_size"] // 4 // args.nproc)} if s.get("micro_batch") else {})
+    names = ("Adam", "SGD with momentum", "clipped SGD")
+    grid = {(name, arm): lr_grid(name, args, **short, **ARMS[arm][0]) for name in names for arm in ARMS}
+    every = execute([run for runs in grid.values() for run in runs], args)
+    best = {key: min(runs, key=lambda run: run.loss) for key, runs in grid.items()}
+    again = {key: seeds(run, args, first=1) for key, run in best.items() if run.loss < math.inf}
+    execute([run for runs in again.values() for run in runs], args)
+
+    lines = []
+    for (name, arm), runs in grid.items():
+        top, least = stable(runs)
+        last = again.get((name, arm), [])
+        by_lr = "; ".join(f"{run.settings['lr']:g}: {run.verdict} ({len(run.spikes)})" for run in runs)
+        lines.append((name, arm, by_lr,
+                      f"{best[name, arm].settings['lr']:g}" if last else "-", verdict(last) if last else "-",
+                      ", ".join(str(len(run.spikes)) for run in last) or "-", f"{least}{top:g}" if top else "-"))
+    table = markdown(("method", "arm", "validation loss (spikes) by learning rate", "best", "loss at other seeds",
+                      "spikes at them", "largest stable"), lines)
+    rows = [run.row(best["Adam", arm]) | {"arm": arm, "role": role, "spikes": run.spikes}
+            for role, some in (("grid", grid), ("seed", again)) for (_, arm), runs in some.items() for run in runs]
+
+    def draw(axes):
+        for column, name in zip(axes.T, names):
+            for arm, (_, line) in ARMS.items():
+                plot_by_lr(column[0], grid[name, arm], line, arm)
+                color, dash, mark = line
+                column[1].plot([run.settings["lr"] for run in grid[name, arm]],
+                               [len(run.spikes) for run in grid[name, arm]], dash, color=color, marker=mark)
+            column[0].set(title=name, xscale="log")
+            column[1].set(xscale="log", xlabel="peak learning rate (x: diverged)")
+        axes[0, 0].set_ylabel("final validation loss (nats)")
+        axes[1, 0].set_ylabel("spikes of the gradient norm")
+        axes[0, 0].legend(fontsize=8)
+    return Page(table, rows, every + [run for runs in again.values() for run in runs],
+                "Paper C's arms: the initial weights of this repo, and its small sub-layers without and with a larger "
+                "shortcut. A spike is above 5 times the median norm of the 100 steps before.", draw, (2, 3))
 
 
 # ---- before anything is run -----------------------------------------------------------------------------------------
@@ -363,7 +475,7 @@ def check_memory(args):
                  f"commands with --dry, or run it on the CPU with --device=cpu")
 
 
-ARTEFACTS = {f.__name__: f for f in (demo, gap, lr, ablation, batch, dynamics, cost)}
+ARTEFACTS = {f.__name__: f for f in (demo, gap, lr, ablation, batch, dynamics, frequency, spikes, cost)}
 
 
 def value(text):
@@ -401,7 +513,7 @@ def main():
     if args.scale != "nano" and args.name != "cost" and not args.dry and args.override.get("device") != "cpu":
         check_memory(args)
     page = ARTEFACTS[args.name](args)
-    if page is None:  # cost
+    if args.name == "cost":
         return
     if args.dry:
         if args.name not in ("demo", "lr"):

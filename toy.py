@@ -12,6 +12,7 @@ rare classes what sign descent does? Each writes results/toy/NAME.md, .json and 
 """
 import argparse
 import copy
+import functools
 import math
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ SEED = 0
 
 # ---- the data -------------------------------------------------------------------------------------------------------
 
+@functools.cache
 def softmax_data(m, seed=SEED):
     """Balanced inputs, imbalanced classes: group i = 0 ... m-1 has 2^i classes of 2^(m-i) samples each.
 
@@ -167,37 +169,39 @@ def log_steps(steps, n=40):
 
 # ---- artefacts ------------------------------------------------------------------------------------------------------
 
-def run_rules(args, names, weighting=0.0):
-    """{name: (step size, mean losses, losses of the groups at the looks, the looks)}"""
-    data, looks, found = softmax_data(args.m), log_steps(args.steps), {}
-
+@functools.cache
+def solve(m, steps, name, weighting=0.0):
+    """A rule at its best step size: that, the mean losses [steps + 1], and the groups' [looks, m] at log_steps(steps)."""
     def make():
-        return Softmax(*data, weighting)
-    for name in names:
-        rule, start = RULES[name]
-        known = args.m == 11 and args.steps == 1000 and not weighting and name in list(RULES)[:8]
-        lr = start if known else best_step(make, rule, start, args.steps)
-        total, groups = descend(make(), rule, lr, args.steps, looks)
-        found[name] = lr, total, torch.stack(groups), looks
-        print(f"{name}: step size {lr:.3g}, loss {total[-1]:.4f}", flush=True)
-    return found
+        return Softmax(*softmax_data(m), weighting)
+    rule, start = RULES[name]
+    known = m == 11 and steps == 1000 and not weighting and name in list(RULES)[:8]
+    lr = start if known else best_step(make, rule, start, steps)
+    total, groups = descend(make(), rule, lr, steps, log_steps(steps))
+    print(f"{name}: step size {lr:.3g}, loss {total[-1]:.4f}", flush=True)
+    return lr, total, torch.stack(groups)
+
+
+def agree(ok):
+    return "agrees" if ok else "does NOT agree"
 
 
 def softmax(args):
-    found = run_rules(args, RULES)
+    found, looks = {name: solve(args.m, args.steps, name) for name in RULES}, log_steps(args.steps)
     first, last = 0, args.m - 1
-    lines, rows = [], []
-    for name, (lr, total, groups, looks) in found.items():
+    lines, rows, fall = [], [], {}
+    for name, (lr, total, groups) in found.items():
         start, end = groups[0], groups[-1]
+        fall[name] = (1 - end[last] / start[last]).item()
         rows.append({"method": name, "step_size": lr, "loss": total[-1], "groups": end.tolist(),
                      "groups_at_start": start.tolist()})
         lines.append((name, f"{lr:.3g}", f"{total[-1]:.3f}", f"{end[first]:.3f}", f"{end[last - 1]:.3f}",
-                      f"{end[last]:.3f}", f"{1 - end[last] / start[last]:.0%}"))
+                      f"{end[last]:.3f}", f"{fall[name]:.0%}"))
     table = markdown(("method", "step size", "loss", "most frequent class", "second rarest group", "rarest group",
                       "fall of the rarest"), lines)
 
     def draw(axes):
-        for each, (name, (lr, total, groups, looks)) in zip(axes.flat, found.items()):
+        for each, (name, (lr, total, groups)) in zip(axes.flat, found.items()):
             for i in range(args.m):
                 each.plot([t + 1 for t in looks], groups[:, i], color=str(0.8 * i / (args.m - 1)),
                           label=f"{2**(args.m - i)} samples a class")
@@ -206,29 +210,42 @@ def softmax(args):
         axes[0, 0].set_ylabel("loss (nats)")
         axes[1, 0].set_ylabel("loss (nats)")
         axes[0, 0].legend(fontsize=7)
+    slow, fast = max(fall["GD"], fall["normalised GD"]), min(fall["sign"], fall["Adam"])
     return Page(table, rows, [], f"Softmax regression with 2^i classes of 2^(m-i) samples, m = {args.m}: loss by "
-                f"frequency of the class, {args.steps} full-batch steps at the best step size of a grid in steps of "
-                "sqrt(10).", draw, (2, 5))
+                f"frequency of the class (panels are cut at the top), {args.steps} full-batch steps at the best step "
+                "size of a grid in steps of sqrt(10), one run each. Paper B: GD and normalised GD barely move the rare "
+                f"classes, sign descent and Adam move all. Here the loss of the rarest group falls by at most "
+                f"{slow:.0%} and by at least {fast:.0%}: {agree(slow < 0.5 < fast)}; but by "
+                f"{fall['GD, momentum']:.0%} and {fall['normalised GD, momentum']:.0%} with momentum. SGD with the "
+                f"token clip alone, which the paper does not have: {fall['SGD, token clip']:.0%}.", draw, (2, 5))
 
 
 def reweighted(args):
     names = ("GD", "GD, momentum", "Adam, beta1 0", "Adam", "clipped SGD")
-    found = {label: run_rules(args, names, a) for label, a in (("plain", 0.0), ("1/sqrt(pi)", 0.5), ("1/pi", 1.0))}
+    found = {label: {name: solve(args.m, args.steps, name, a) for name in names}
+             for label, a in (("plain", 0.0), ("1/sqrt(pi)", 0.5), ("1/pi", 1.0))}
     rows = [{"method": name, "weights": label, "step_size": lr, "loss": total[-1], "groups": groups[-1].tolist()}
-            for label, some in found.items() for name, (lr, total, groups, _) in some.items()]
+            for label, some in found.items() for name, (lr, total, groups) in some.items()]
     table = markdown(("method", *(f"{label}: loss, rarest group" for label in found)),
                      [(name, *(f"{some[name][1][-1]:.3f}, {some[name][2][-1][-1]:.3f}" for some in found.values()))
                       for name in names])
 
     def draw(axes):
         for each, (label, some) in zip(axes, found.items()):
-            for name, (lr, total, _, _) in some.items():
-                each.plot(range(1, len(total) + 1), total, label=f"{name}, {lr:.3g}")
+            for (name, (lr, total, _)), dash, color in zip(some.items(), (":", "--", "-.", "-", "-"),
+                                                           ("#e69f00", "#d55e00", "#999999", "#000000", "#0072b2")):
+                each.plot(range(1, len(total) + 1), total, dash, color=color, label=f"{name}, {lr:.3g}")
             each.set(xscale="log", xlabel="step + 1", title=f"weights {label}")
             each.legend(fontsize=7)
         axes[0].set_ylabel("unweighted loss (nats)")
-    return Page(table, rows, [], f"Softmax regression, m = {args.m}: losses weighted by the class's frequency pi, each "
-                "at its best step size for the unweighted loss, which is what is shown.", draw, (1, 3))
+    gd = {label: [some[name][1][-1] for name in names[:2]] for label, some in found.items()}
+    helps = {label: all(a < b for a, b in zip(gd[label], gd["plain"])) for label in gd}
+    return Page(table, rows, [], f"Softmax regression, m = {args.m}, {args.steps} steps, one run each: losses weighted "
+                "by the class's frequency pi, each at its best step size for the unweighted loss, which is what is "
+                "shown. Paper B: 1/sqrt(pi) always helps GD, 1/pi helps or not. Here 1/sqrt(pi) "
+                f"{'helps' if helps['1/sqrt(pi)'] else 'does not always help'} GD with and without momentum "
+                f"({agree(helps['1/sqrt(pi)'])}), 1/pi {'helps' if helps['1/pi'] else 'does not always help'} too.",
+                draw, (1, 3))
 
 
 def rank_correlation(x, y):
@@ -237,16 +254,22 @@ def rank_correlation(x, y):
     return torch.corrcoef(ranks)[0, 1].item()
 
 
+def log_correlation(x, y, group):
+    """The correlation of the logs of two vectors [c], with all groups of classes weighing the same: most classes are
+    rare, and how those few look at the start would else decide the number [ours]."""
+    logs, weight = torch.stack([x, y]).double().log(), (1 / group.bincount().double())[group]
+    centred = logs - (weight * logs).sum(1, keepdim=True) / weight.sum()
+    (xx, xy), (_, yy) = (weight * centred @ centred.T).tolist()
+    return xy / math.sqrt(xx * yy)
+
+
 def hessian(args):
     data, times = softmax_data(args.m), (0, 1, 5, 10, 50, 100)
     paths = {}
     for name in ("Adam", "GD"):
-        def make():
-            return Softmax(*data)
-        rule, start = RULES[name]
-        lr = start if args.m == 11 else best_step(make, rule, start, args.steps)
-        model = make()
-        optimizer, seen = rule(model, lr), {}
+        lr = RULES[name][1] if args.m == 11 else solve(args.m, args.steps, name)[0]
+        model = Softmax(*data)
+        optimizer, seen = RULES[name][0](model, lr), {}
         for t in range(max(times) + 1):
             _, p = model.gradients()
             if t in times:
@@ -259,7 +282,7 @@ def hessian(args):
                 _, mirrored = mirror.gradients()
                 a, b = torch.linalg.vector_norm(mirror.W.grad, dim=1), mirror.hessian_traces(mirrored)
                 seen[t] = {"gradient": x, "trace": y, "correlation": rank_correlation(x, y),
-                           "mirrored": rank_correlation(a, b),
+                           "logs": log_correlation(x, y, data[2]), "mirrored": log_correlation(a, b, data[2]),
                            "blocks": (blocks.diagonal().median() / off.median()).item()}
             optimizer.step()
         paths[name] = lr, seen
@@ -268,22 +291,30 @@ def hessian(args):
     table = markdown(("path", *(f"t = {t}" for t in times)),
                      [(f"{name}, step size {lr:.3g}: {what}", *(f"{seen[t][key]:{form}}" for t in times))
                       for name, (lr, seen) in paths.items()
-                      for what, key, form in (("rank correlation", "correlation", "+.2f"),
+                      for what, key, form in (("correlation of the logs, groups alike", "logs", "+.2f"),
                                               ("the same at -W", "mirrored", "+.2f"),
+                                              ("rank correlation, classes alike", "correlation", "+.2f"),
                                               ("diagonal / off-diagonal blocks", "blocks", ",.0f"))])
 
     def draw(axes):
         for line, (name, (_, seen)) in zip(axes, paths.items()):
             for each, (t, look) in zip(line, seen.items()):
                 dots = each.scatter(look["gradient"], look["trace"], c=data[2], s=8, cmap="viridis")
-                each.set(xscale="log", yscale="log", title=f"{name}, t = {t}: {look['correlation']:+.2f}")
+                each.set(xscale="log", yscale="log", title=f"{name}, t = {t}: {look['logs']:+.2f}")
+                each.xaxis.set_minor_formatter("")
             line[0].set_ylabel("trace of the class's Hessian block")
         for each in axes[-1]:
             each.set_xlabel("gradient norm of the class")
         axes[0, 0].figure.colorbar(dots, ax=axes[:, -1], label="group (0: frequent)")
-    return Page(table, rows, [], f"Gradient against Hessian, a dot a class, m = {args.m}; rank correlation (Spearman) "
-                "above each panel; blocks: median trace on the diagonal over the median size off it, 40 classes.", draw,
-                (2, len(times)))
+    first, *_, last = paths["Adam"][1].values()
+    return Page(table, rows, [], f"Gradient against Hessian, a dot a class, m = {args.m}, one run each; above each "
+                "panel the correlation of the logs, each group of classes weighing the same [ours]. Paper B: none at "
+                "the start, strong later, negative along -W. Here along Adam's path "
+                f"{first['logs']:+.2f} at the start, {last['logs']:+.2f} at t = {max(times)}, {last['mirrored']:+.2f} "
+                f"at -W: {agree(abs(first['logs']) < 0.2 and last['logs'] > 0.8 and last['mirrored'] < -0.2)}. Spearman's "
+                f"over the classes alike is {first['correlation']:+.2f} at the start: most classes are rare, and their "
+                "gradient and Hessian both follow their initial probability. Blocks: median trace on the diagonal over "
+                "the median size off it, 40 classes.", draw, (2, len(times)))
 
 
 def quadratic(args, c=1000):
@@ -312,9 +343,11 @@ def quadratic(args, c=1000):
                 each.plot(path[:, k - 1].abs(), "-" if name == "GD" else "--", color=str(0.8 * i / len(ks)),
                           label=f"k = {k}")
             each.set(title=f"{name}, step size {lrs[name]:.3g}", xlabel="step", ylabel="|w_k|")
-        axes[0].legend(fontsize=8)
+        axes[0].legend(fontsize=8, loc="center right")
     return Page(table, rows, [], f"The quadratic sum of pi_k w_k^2 / 2 with pi_k ~ 1/k, {c} coordinates, {steps} steps "
-                "from w = 1: GD leaves the rare ones, sign descent does not see pi.", draw, (1, 2))
+                "from w = 1. Paper B: GD contracts coordinate k by 1 - lr pi_k a step, sign descent's step does not "
+                f"depend on pi. Here GD leaves {rows[-1]['GD']:.0%} of coordinate {c}, sign descent "
+                f"{abs(rows[-1]['sign']):.0%}: {agree(abs(rows[-1]['sign']) < 0.1 < rows[-1]['GD'])}.", draw, (1, 2))
 
 
 def rates(args, c=100):
@@ -363,8 +396,12 @@ def rates(args, c=100):
             each.set(yscale="log", xscale="log" if name == "GD" else "linear", xlabel="step", title=name)
         axes[0].set_ylabel("loss of the class (nats)")
         axes[0].legend(fontsize=8)
-    return Page(table, rows, [], f"The rates of the theory: {c} classes, pi_k ~ 1/k, one input a class. Under GD the "
-                "loss of a class falls as 1/(pi_k t), under sign descent as exp(-c t) for all alike.", draw, (1, 2))
+    products, cs = [r["gd_loss_times_pi_t"] for r in rows], [r["sign_rate"] for r in rows]
+    return Page(table, rows, [], f"The rates of the theory: {c} classes, pi_k ~ 1/k, one input a class. Paper B: the "
+                "loss of class k falls as 1/(pi_k t) under gradient flow, as exp(-c t) under sign flow, c the same "
+                f"for all. Here loss x pi_k t is {min(products):.2f} to {max(products):.2f}, c {min(cs):.2f} to "
+                f"{max(cs):.2f}: {agree(max(products) < 1.2 * min(products) and max(cs) < 1.01 * min(cs))}.",
+                draw, (1, 2))
 
 
 ARTEFACTS = {f.__name__: f for f in (quadratic, rates, softmax, hessian, reweighted)}

@@ -10,7 +10,7 @@ import pytest
 
 import tables
 from conftest import ROOT, TINY, metrics, one_line, python, settings
-from sweep import LADDER, Run, above, below, interval, plus_minus, spikes
+from sweep import LADDER, Run, above, below, interval, plus_minus, spike_steps
 
 TABLES = ROOT / "tables.py"
 
@@ -87,7 +87,7 @@ def test_statistics_are_those_computed_by_hand():
     assert interval([4.0, 4.5]) == pytest.approx((4.25, 12.706 * 0.25)) and interval([7.0]) == (7.0, None)
     assert plus_minus([0.01, 0.02, 0.03], "+.1%") == "+2.0% ± 2.5%" and plus_minus([1.0, None], ".3f") == "-"
     norms = [1.0] * 100 + [5.0, 5.1, 1.0, 20.0]
-    assert spikes(norms) == [101, 103] and spikes(norms[:100]) == []
+    assert spike_steps(norms) == [101, 103] and spike_steps(norms[:100]) == []
 
 
 LOSSES = {  # of what runs that were never run would have ended with: (settings, seconds) -> loss, or where it diverged
@@ -108,7 +108,9 @@ def end(out, words, outcome):
               **({"effective_lr": 0.1, "weight_to_gradient": 30.0, "imbalance": None} if i % 10 == 0 else {})}
              for i in range(1, 111)]
     done = isinstance(loss, float)
-    lines += [{"step": 110, "val_loss": 5.0, "val_tokens": 9}] * done
+    groups = [{"step": step, "val_loss": 5.0, "val_tokens": 9, "group_losses": [5.0 - step / 100] * 9 + [None]}
+              for step in (0, 110)]
+    lines = groups[:1] + lines + groups[1:] * done
     lines.append({"final": True, "status": "done" if done else "diverged", "step": 110 if done else int(loss),
                   "val_loss": loss if done else None, "seconds": 3.0})
     out.mkdir(parents=True)
@@ -121,7 +123,7 @@ def end(out, words, outcome):
 def test_every_page_stands_whatever_the_runs_came_to(outcome, stream, tmp_path, monkeypatch, capsys):
     """From the files that runs leave, with no run: each search goes on from what it finds, until a page is there."""
     monkeypatch.chdir(tmp_path)
-    for name in ("demo", "gap", "lr", "ablation", "batch", "dynamics"):
+    for name in ("demo", "gap", "lr", "ablation", "batch", "dynamics", "frequency", "spikes"):
         words = ["tables.py", name, f"--data={stream}", "--steps=110"]
         for _ in range(60):
             monkeypatch.setattr(sys, "argv", [*words, "--dry"])

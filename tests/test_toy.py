@@ -76,6 +76,13 @@ def test_the_quadratic_follows_its_closed_form_and_the_rates_the_theory():
 def test_rank_correlation_and_the_search():
     x = torch.tensor([3.0, 1.0, 2.0, 10.0])
     assert toy.rank_correlation(x, x.exp()) == pytest.approx(1) and toy.rank_correlation(x, -x) == pytest.approx(-1)
+    group = torch.tensor([0, 1, 1, 1])  # group 1 is one point, thrice: with group 0, a line
+    x, y = torch.tensor([1.0, 5, 5, 5]), torch.tensor([3.0, 2, 2, 2])
+    assert toy.log_correlation(x, x**2, group) == pytest.approx(1) and toy.log_correlation(x, y, group) == pytest.approx(-1)
+    x, y = torch.tensor([1.0, 2, 1, 2]).exp(), torch.tensor([1.0, 1, 2, 2]).exp()
+    assert toy.log_correlation(x, y, torch.tensor([0, 1, 2, 3])) == pytest.approx(0, abs=1e-6)
+    heavy = toy.log_correlation(x, y, torch.tensor([0, 1, 1, 2]))  # weights 1, 1/2, 1/2, 1: cov 1/12, variances 1/4
+    assert heavy == pytest.approx(1 / 3)
     rule, start = toy.RULES["GD"]
 
     def make():
