@@ -307,14 +307,14 @@ def hessian(args):
             each.set_xlabel("gradient norm of the class")
         axes[0, 0].figure.colorbar(dots, ax=axes[:, -1], label="group (0: frequent)")
     first, *_, last = paths["Adam"][1].values()
+    ok = abs(first["logs"]) < 0.2 and last["logs"] > 0.8 and last["mirrored"] < -0.2
     return Page(table, rows, [], f"Gradient against Hessian, a dot a class, m = {args.m}, one run each; above each "
                 "panel the correlation of the logs, each group of classes weighing the same [ours]. Paper B: none at "
                 "the start, strong later, negative along -W. Here along Adam's path "
                 f"{first['logs']:+.2f} at the start, {last['logs']:+.2f} at t = {max(times)}, {last['mirrored']:+.2f} "
-                f"at -W: {agree(abs(first['logs']) < 0.2 and last['logs'] > 0.8 and last['mirrored'] < -0.2)}. Spearman's "
-                f"over the classes alike is {first['correlation']:+.2f} at the start: most classes are rare, and their "
-                "gradient and Hessian both follow their initial probability. Blocks: median trace on the diagonal over "
-                "the median size off it, 40 classes.", draw, (2, len(times)))
+                f"at -W: {agree(ok)}. Spearman's over the classes alike is {first['correlation']:+.2f} at the start: "
+                "most classes are rare, and their gradient and Hessian both follow their initial probability. Blocks: "
+                "median trace on the diagonal over the median size off it, 40 classes.", draw, (2, len(times)))
 
 
 def quadratic(args, c=1000):
