@@ -27,13 +27,20 @@ batch: $(NEED)  ## the gap against the batch size at a fixed number of tokens: t
 
 dynamics: $(NEED)  ## norms, ratios, imbalance, spikes along training, in small and large batches: half an hour
 
+frequency: $(NEED)  ## the loss of ten groups of tokens, frequent to rare, along training; shares gap's runs; half an hour more
+
+spikes: $(NEED)  ## Spike No More's models over learning rates: spikes, loss, the largest that each bears; two hours
+
 cost: .venv/installed  ## what one run of SCALE takes: parameters, FLOPs, memory, hours; nothing is run
 
-gap lr ablation batch dynamics cost:
+gap lr ablation batch dynamics frequency spikes cost:
 	$(TABLES) $@
 
 toy: .venv/installed  ## softmax regression with imbalanced classes: why Adam beats gradient descent; three minutes
 	$(PY) toy.py
+
+mnist: .venv/installed data/mnist  ## the same in images: MNIST with barcodes, a class for each; hours, or minutes on a GPU
+	$(PY) mnist.py
 
 bench: $(DATA)  ## speed and memory beside peers (.venv/bin/pip install transformers: one more): a quarter of an hour
 	$(PY) bench.py --model=$(SCALE) --data=$(DATA)
@@ -48,6 +55,9 @@ test-rest:
 data/python: .venv/installed  ## the embedded corpus: the source of Python's own standard library
 	$(PY) data/prepare.py python --out=$@
 
+data/mnist: .venv/installed  ## the four files of MNIST, downloaded
+	$(PY) data/prepare.py mnist --out=$@
+
 data/c4:
 	@echo "make it first: $(PY) data/prepare.py c4 --out=data/c4 --train_shards=0-28"; exit 1
 
@@ -57,4 +67,4 @@ data/c4:
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.PHONY: help demo gap lr ablation batch dynamics cost toy bench test test-runs test-rest data/python
+.PHONY: help demo gap lr ablation batch dynamics frequency spikes cost toy mnist bench test test-runs test-rest data/python

@@ -49,12 +49,16 @@ class Softmax:
 
     def __init__(self, X, labels, group, weighting=0.0):
         n, d = X.shape
-        self.X, self.labels, self.group = X, labels, group
+        self.X, self.labels, self.group, self.classes = X, labels, group, len(group)
         bound, draw = d**-0.5, torch.Generator().manual_seed(SEED)
         self.W = torch.empty(len(group), d).uniform_(-bound, bound, generator=draw)
         self.b = torch.empty(len(group)).uniform_(-bound, bound, generator=draw)
         weights = torch.bincount(labels).float()[labels] ** -weighting
         self.weights = weights / weights.sum()
+
+    def parameters(self):
+        """The tensors to train, the one with a row a class first."""
+        return [self.W, self.b]
 
     def look(self):
         """Loss of every sample [n], and the probabilities [n, c]."""
@@ -106,20 +110,21 @@ class Direction(torch.optim.SGD):
 
 
 def direction(kind, momentum):
-    return lambda model, lr: Direction([model.W, model.b], lr, momentum, kind)
+    return lambda model, lr: Direction(model.parameters(), lr, momentum, kind)
 
 
 def adam(beta1):
-    return lambda model, lr: torch.optim.Adam([model.W, model.b], lr, (beta1, 0.999), eps=1e-8)
+    return lambda model, lr: torch.optim.Adam(model.parameters(), lr, (beta1, 0.999), eps=1e-8)
 
 
-def token_clipped(model, lr):
-    return optim.ClippedSGD([{"params": [model.W], "token_clip": 1e-3}, {"params": [model.b]}], lr, update_clip=None)
+def token_clipped(model, lr, update_clip=None):
+    head, *rest = model.parameters()
+    return optim.ClippedSGD([{"params": [head], "token_clip": 1e-3}, {"params": rest}], lr, update_clip=update_clip)
 
 
 def clipped(model, size):
     """At the paper's lr of 100 the update clip binds: it is the step size."""
-    return optim.ClippedSGD([{"params": [model.W], "token_clip": 1e-3}, {"params": [model.b]}], 100.0, update_clip=size)
+    return token_clipped(model, 100.0, size)
 
 
 # The paper's step sizes at m = 11 and 1,000 steps; elsewhere, and where it gives none, the search starts there.
@@ -138,9 +143,9 @@ def descend(model, rule, lr, steps, looks=()):
     of `looks`; infinite losses from the step on where it left twice the loss of a uniform guess (as train.py)."""
     optimizer, total, groups = rule(model, lr), [], []
     for step in range(steps + 1):
-        losses, _ = model.gradients()
+        losses = model.gradients()[0]
         total.append(losses.mean().item())
-        if not total[-1] < 2 * math.log(len(model.group)):
+        if not total[-1] < 2 * math.log(model.classes):
             return total + [math.inf] * (steps - step), groups + [model.by_group(losses)] * (len(looks) - len(groups))
         if step in looks:
             groups.append(model.by_group(losses))
@@ -150,7 +155,8 @@ def descend(model, rule, lr, steps, looks=()):
 
 
 def best_step(make, rule, start, steps):
-    """The best step size of the ladder by the final loss, found from `start`: both neighbours of it are worse."""
+    """The best step size of the ladder by the final loss, found from `start`: both neighbours of it are worse. make()
+    is a model at its start, with parameters(), gradients(), by_group() and `classes` as Softmax has them."""
     known = {}
 
     def final(lr):
@@ -171,7 +177,7 @@ def log_steps(steps, n=40):
 
 @functools.cache
 def solve(m, steps, name, weighting=0.0):
-    """A rule at its best step size: that, the mean losses [steps + 1], and the groups' [looks, m] at log_steps(steps)."""
+    """A rule at its best step size: that, the mean losses [steps + 1], the groups' [looks, m] at log_steps(steps)."""
     def make():
         return Softmax(*softmax_data(m), weighting)
     rule, start = RULES[name]

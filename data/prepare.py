@@ -3,6 +3,7 @@
     python data/prepare.py python --out=data/python            # the source of Python's standard library: no network
     python data/prepare.py files a.json.gz b.jsonl c.txt --out=data/mine --tokenizer=train:4096 --layout=stream
     python data/prepare.py c4 --out=data/c4 --train_shards=0-28     # the paper's: T5's tokenizer, rows of 256 tokens
+    python data/prepare.py mnist --out=data/mnist                   # no text: the four files of MNIST, for mnist.py
 
 A .bin is llm.c's format: 256 int32 of header (magic, version, number of tokens), then the tokens as uint16. meta.json
 says "complete": true last of all; before that, the same command again keeps the finished shards and goes on. Documents
@@ -32,8 +33,10 @@ import tiktoken
 MAGIC, VERSION, HEADER = 20240520, 1, 256
 C4 = "https://huggingface.co/datasets/allenai/c4/resolve/main/en/"
 C4_FILES = {"train": 1024, "val": 8}
+MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 T5 = "https://huggingface.co/google-t5/t5-base/resolve/main/spiece.model"
 T5_SHA256 = "d60acb128cf7b7f2536e8f38a5b18a05535c9e14c7a355904270e15b0945ea86"
+MNIST_FILES = [f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 TRAIN_TEXT = 10_000_000  # characters of training text that train:N looks at
 
 
@@ -498,7 +501,7 @@ def number(kind, low, high):
 
 def main():
     top = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sources = top.add_subparsers(dest="source", required=True, metavar="python|files|c4")
+    sources = top.add_subparsers(dest="source", required=True, metavar="python|files|c4|mnist")
     for source, tokenizer, layout, seq_len in (("python", "train:4096", "stream", 128),
                                                ("files", "train:4096", "stream", 128), ("c4", "t5", "rows", 256)):
         p = sources.add_parser(source, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -520,9 +523,17 @@ def main():
             p.add_argument("paths", type=Path, nargs="+", metavar="FILE", help=".json, .jsonl or .txt, or gzip'd")
         if source == "python":
             p.add_argument("--max_chars", type=number(int, 1, 1e12), default=10_000_000, help="cap on the text")
+    p = sources.add_parser("mnist", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--out", type=Path, required=True, help="folder for the files")
+    p.add_argument("--url", default=MNIST, help="where the files are: a mirror")
+    p.add_argument("--tries", type=number(int, 1, 1e9), default=8, help="of a download, without a new byte")
     args = top.parse_args()
-    args.downloads = args.downloads or args.out / "downloads"
     try:
+        if args.source == "mnist":
+            for name in MNIST_FILES:
+                download(args.url + name, args.out / name, check_gzip, args.tries)
+            return
+        args.downloads = args.downloads or args.out / "downloads"
         prepare(args)
     except KeyboardInterrupt:
         fail("stopped; the same command goes on where it was")
