@@ -41,6 +41,7 @@ class Settings:
     model: str = "nano"                # nano, 60m, 130m, 350m or 1b; the vocabulary is the data's
     embedding: str | None = None       # detach, norm or scale: what is done to the embedding's output; or none
     init: str | None = None            # small: weights sqrt(2/5d), those out of sub-layers / sqrt(2 layers); none: 0.02
+    init_from: str | None = None       # start from the weights of this folder, in Hugging Face's LLaMA format; or none
     seed: int = 42                     # of the initial weights and of the order of the data
     optimizer: str = "clipped_sgd"     # clipped_sgd, sgd or adamw
     lr: float = 100.0                  # peak learning rate; to be given for sgd and adamw, whose scales are others
@@ -209,6 +210,10 @@ def train(s):
     # model and optimizer; the weights are drawn on the CPU, so that a seed means the same everywhere
     torch.manual_seed(s.seed)
     model = LLaMA(Config.named(s.model, valid.vocab_size, embedding=s.embedding, init=s.init)).to(device)
+    if s.init_from and not (Path(s.out) / "ckpt.pt").exists():
+        from sample import pretrained  # no other run needs the tokenizers' packages
+        world.first(lambda: pretrained(s.init_from, model.config) and None)
+        model.load_state_dict(pretrained(s.init_from, model.config))
     optimizer = optim.build(s.optimizer, model, s.lr, **{name: getattr(s, name) for name in USES[s.optimizer]})
     optimizer.report = True
     parameters, probe = list(model.parameters()), Probe(model)
