@@ -1,4 +1,6 @@
 """What surrounds a run: the processes that share it, its folder on disk, and its log."""
+import errno
+import fcntl
 import json
 import math
 import os
@@ -81,16 +83,28 @@ class Folder:
         try:
             if self.config.exists():
                 self.compare(self.config, json.loads(self.config.read_text()))
-                return self.last_line() if self.metrics.exists() else None
-            if self.path.is_dir() and any(p.suffix != ".tmp" for p in self.path.iterdir()):
+                if final := self.last_line() if self.metrics.exists() else None:
+                    return final
+            elif self.path.is_dir() and any(p.suffix != ".tmp" and p.name != "lock" for p in self.path.iterdir()):
                 raise UserError(f"--out={self.path} holds other files and no run: choose another")
             self.path.mkdir(parents=True, exist_ok=True)
+            self.take()
         except ValueError:
             raise UserError(f"{self.config} is broken, or not of a run of train.py: choose another --out") from None
         except OSError as e:
             raise UserError(f"--out={self.path}: {e.strerror}: choose another") from None
-        text = json.dumps({"identity": self.identity, **about}, indent=1)
-        self.write(self.config, lambda f: f.write(text.encode()))
+        if not self.config.exists():
+            text = json.dumps({"identity": self.identity, **about}, indent=1)
+            self.write(self.config, lambda f: f.write(text.encode()))
+
+    def take(self):
+        """Lock the folder for as long as this process lives, where the file system can."""
+        self.lock = open(self.path / "lock", "w")
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            if e.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(f"--out={self.path}: another process is at work there: wait for it, or choose another")
 
     def last_line(self):
         """The final line of metrics.jsonl, or None if it is not there yet."""

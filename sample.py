@@ -22,7 +22,8 @@ from loader import DataError, read_meta
 from model import Config, LLaMA
 from run import UserError
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' names
+# as safetensors names them
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def load(run):
@@ -52,8 +53,8 @@ class Tokenizer:
             self.path = folder / self.name
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
         except Exception as e:  # tiktoken's download fails in many ways
-            raise UserError(f"the tokenizer {self.name or '?'} of {folder} cannot be read ({type(e).__name__}): a .model "
-                            "file is in the data directory, tiktoken's are downloaded at first use") from None
+            raise UserError(f"the tokenizer {self.name or '?'} of {folder} cannot be read ({type(e).__name__}): a file"
+                            " .model is in the data directory, tiktoken's are downloaded at first use") from None
         self.encode, self.decode = self.sp.encode, self.sp.decode
 
 

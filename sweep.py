@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -60,6 +61,7 @@ class Run:
         reason = ""
         with subprocess.Popen([sys.executable, *self.command(args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               text=True, env={**os.environ, **threads}) as process:
+            RUNNING.append(process)
             for line in process.stdout:
                 print(f"   {mark} {line}", end="", flush=True)
                 if line.startswith("train.py: ") or not reason.startswith("train.py: "):
@@ -118,6 +120,14 @@ def gap_to(adam, run):
 
 
 FAILED = {}  # folder: why, of the runs that failed under this command; they are not started again
+RUNNING = []  # their processes
+
+
+def stop(*_):
+    """On SIGTERM, which unlike Ctrl-C comes to this process alone: pass it on, so that the runs save."""
+    for process in RUNNING:
+        process.terminate()
+    raise KeyboardInterrupt
 
 
 def execute(runs, args):
@@ -140,13 +150,14 @@ def execute(runs, args):
         for run in todo:
             print(shlex.join(["python", *run.command(args)]))
     else:
+        signal.signal(signal.SIGTERM, stop)
         with ThreadPoolExecutor(args.jobs) as pool:
             try:
                 for status in pool.map(go, enumerate(todo, 1)):
                     if status == 2:
                         pool.shutdown(cancel_futures=True)
                         sys.exit(2)
-            except KeyboardInterrupt:  # the runs got it too, and are saving
+            except KeyboardInterrupt:  # the runs know, and are saving
                 pool.shutdown(cancel_futures=True)
                 sys.exit(130)
     for run in runs:  # the same run may be there twice

@@ -3,7 +3,9 @@ import json
 import math
 import re
 import shlex
+import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -56,6 +58,18 @@ def test_finished_runs_are_not_repeated_and_killed_ones_go_on(demo):
     third = again()
     assert "[1/1] Adam" in third.stdout and "from step 12" in third.stdout
     assert (run / "metrics.jsonl").read_text() == lines
+
+
+def test_told_to_stop_its_runs_save(stream, tmp_path):
+    process = subprocess.Popen([sys.executable, TABLES, "demo", f"--data={stream}", "--jobs=2", *settings(steps=5000, log_every=1)],
+                               cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while len(list(tmp_path.glob("runs/*/metrics.jsonl"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert len(list(tmp_path.glob("runs/*/ckpt.pt"))) == 2 == len(list(tmp_path.glob("runs/*")))
 
 
 def test_bad_words_are_refused(tmp_path):

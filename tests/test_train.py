@@ -222,6 +222,9 @@ def test_signals_save_and_stop(stream, tmp_path):
     for number in (signal.SIGTERM, signal.SIGINT):
         process = launch(*words)
         wait_for(tmp_path, start + 3, process)
+        process.send_signal(signal.SIGSTOP)  # so that it is at work for as long as a second one takes to start
+        one_line(run(*words), tmp_path, "another process is at work there")
+        process.send_signal(signal.SIGCONT)
         process.send_signal(number)
         stopped = result(process)
         assert stopped.returncode == 128 + number and "the same command goes on" in stopped.stdout and not stopped.stderr
