@@ -6,7 +6,9 @@ llm.c's format: 256 int32 of header (magic, version, number of tokens), then the
     rows    one document a row of seq_len tokens, cut or padded; padding is no target (the paper's)
     stream  documents end to end, each followed by eos; a sequence is seq_len tokens and predicts the seq_len after
 """
+import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,7 @@ def read_meta(folder):
         raise DataError(f"no data directory {folder}: make one with data/prepare.py, for instance "
                         f"`python data/prepare.py python --out={folder}`")
     if not path.exists():
-        raise DataError(f"{path} is missing: prepare the data again with data/prepare.py")
+        return foreign(Path(folder))
     try:
         meta = json.loads(path.read_text())
         if not meta.get("complete"):
@@ -41,6 +43,29 @@ def read_meta(folder):
     except (ValueError, AttributeError) as e:
         raise DataError(f"{path} is broken ({e}): prepare the data again") from None
     return meta
+
+
+def find(folder, split):
+    """The .bin files of a split, in order: train_000000.bin, and as others name them fineweb_train_000001.bin."""
+    return sorted(p for p in Path(folder).glob("*.bin") if re.search(rf"(^|_){split}[_.]", p.name))
+
+
+def foreign(folder):
+    """What stands for meta.json where there is none: .bin files of llm.c or modded-nanogpt, in GPT-2's vocabulary, cut
+    into sequences of the paper's length."""
+    shards = {split: len(find(folder, split)) for split in ("train", "val")}
+    if not all(shards.values()):
+        raise DataError(f"{folder / 'meta.json'} is missing: prepare the data again with data/prepare.py, or put llm.c's"
+                        " *_train_*.bin and *_val_*.bin there")
+    return {"vocab_size": 50257, "seq_len": 256, "layout": "stream", "pad_id": -1, "eos_id": 50256, "tokenizer": "gpt2",
+            "shards": shards}
+
+
+def fingerprint(folder):
+    """Of the data: a sha256 of meta.json, or of the names and sizes of the shards where there is none."""
+    path = Path(folder) / "meta.json"
+    shards = sorted([p.name, p.stat().st_size] for p in Path(folder).glob("*.bin"))
+    return hashlib.sha256(path.read_bytes() if path.exists() else json.dumps(shards).encode()).hexdigest()
 
 
 def open_shard(path):
@@ -85,7 +110,7 @@ class Sequences:
         self.meta = read_meta(folder)
         self.seq_len, self.vocab_size = self.meta["seq_len"], self.meta["vocab_size"]
         self.rows = self.meta["layout"] == "rows"
-        self.paths = sorted(Path(folder).glob(f"{split}_*.bin"))
+        self.paths = find(folder, split)
         if not self.paths or len(self.paths) != self.meta["shards"].get(split):
             raise DataError(f"{folder} has {len(self.paths)} {split}_*.bin where meta.json says "
                             f"{self.meta['shards'].get(split)}: prepare the data again")

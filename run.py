@@ -202,6 +202,10 @@ class Log:
         self.s, self.folder, self.world, self.pending = s, folder, folder.world, []
         self.tokens_per_step = s.batch_size * sequences.seq_len  # padding included, as the paper counts
         self.limit = 2 * math.log(sequences.vocab_size)  # ours: diverged is twice the loss of a uniform guess
+        self.wandb = None
+        if s.wandb and self.world.rank == 0:
+            import wandb
+            self.wandb = wandb.init(project=s.wandb, name=s.out, id=Path(s.out).name, resume="allow", config=asdict(s))
 
     def add(self, lr, values, looks={}):
         """Of one step: its lr, `values` that every step has, `looks` that only some have; 0-d tensors."""
@@ -224,7 +228,7 @@ class Log:
                 diverged = number
                 break
         self.pending = []
-        self.folder.append(lines)
+        self.keep(lines)
         if step % self.s.log_every == 0 or diverged:
             self.show(lines[-1], speed)
         return seconds, diverged
@@ -236,9 +240,14 @@ class Log:
                  f"gradient {line['grad_norm']:<8.2g}  {speed:,.0f} tok/s  "
                  f"{'clipped ' + ', '.join(clips) + '  ' if clips else ''}{clock(left)} left")
 
+    def keep(self, lines):
+        self.folder.append(lines)
+        for line in () if self.wandb is None else lines:
+            self.wandb.log(line, step=line["step"])
+
     def evaluation(self, step, loss, tokens, groups):
         more = {"group_losses": [x if math.isfinite(x) else None for x in groups]} if groups else {}
-        self.folder.append([{"step": step, "val_loss": loss, "val_tokens": tokens, **more}])
+        self.keep([{"step": step, "val_loss": loss, "val_tokens": tokens, **more}])
         self.say(f"{self.head(step)}  validation loss {loss:.4f}")
 
     def final(self, status, step, loss, seconds):

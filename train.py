@@ -12,7 +12,7 @@ SIGTERM and Ctrl-C save first. OUT (on a disk that all nodes share) gets config.
 """
 import argparse
 import contextlib
-import hashlib
+import importlib.util
 import inspect
 import math
 import os
@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import optim
 from diagnostics import Probe, frequency_groups
-from loader import Batches, DataError, Sequences, eval_blocks, token_counts
+from loader import Batches, DataError, Sequences, eval_blocks, fingerprint, token_counts
 from model import IGNORE, SIZES, Config, LLaMA
 from run import Folder, Log, UserError, World, describe
 
@@ -63,6 +63,7 @@ class Settings:
     log_every: int = 10                # steps between printed lines; metrics.jsonl has every step
     diag_every: int = 10               # steps between looks at norms, ratios and imbalance: see diagnostics.py
     save_every: int = 100              # steps between checkpoints
+    wandb: str | None = None           # also log to this project of Weights & Biases, if wandb is installed; or none
     compile: bool = True               # torch.compile
     dtype: str = "auto"                # of training's matrix products: float32 or bfloat16; auto: bfloat16 on a GPU
     device: str = "auto"               # cpu or cuda; auto: cuda if there is one
@@ -71,8 +72,8 @@ class Settings:
 USES = {"clipped_sgd": ("momentum", "token_clip", "update_clip"), "sgd": ("momentum",),
         "adamw": ("beta1", "beta2", "weight_decay")}
 CHOICES = {"embedding": ("detach", "norm", "scale"), "init": ("small",), "loss_weighting": ("inv", "inv_sqrt")}
-ELSEWHERE = ("out", "data", "micro_batch", "log_every", "diag_every", "save_every", "compile",
-             "device")  # may change on resume
+ELSEWHERE = ("out", "data", "micro_batch", "log_every", "diag_every", "save_every", "wandb",
+             "compile", "device")  # may change on resume
 
 
 # ---- settings -------------------------------------------------------------------------------------------------------
@@ -135,6 +136,7 @@ def parse(argv):
     need(s.dtype in ("auto", "float32", "bfloat16"), f"--dtype={s.dtype}: choose auto, float32 or bfloat16")
     need(s.device in ("auto", "cpu", "cuda"), f"--device={s.device}: choose auto, cpu or cuda")
     need(s.device != "cuda" or torch.cuda.is_available(), "--device=cuda: PyTorch sees no GPU here; use --device=cpu")
+    need(s.wandb is None or importlib.util.find_spec("wandb"), "--wandb needs wandb: `pip install wandb`, or drop it")
     return s
 
 
@@ -219,13 +221,15 @@ def train(s):
     parameters, probe = list(model.parameters()), Probe(model)
 
     # the folder: refuse another run's, leave a finished one alone, else go on where it stopped
-    data_sha256 = hashlib.sha256((Path(s.data) / "meta.json").read_bytes()).hexdigest()
-    identity = {k: v for k, v in asdict(s).items() if k not in ELSEWHERE} | {"data_sha256": data_sha256}
+    identity = {k: v for k, v in asdict(s).items() if k not in ELSEWHERE} | {"data_sha256": fingerprint(s.data)}
     folder = Folder(s.out, identity, world)
     log = Log(s, folder, valid)
     if final := folder.claim(describe(s, world)):
         return log.say(f"{s.out} is finished: {final['status']}, validation loss {final['val_loss']}")
     start, seconds, loss = folder.load(model, optimizer)
+    if not (Path(s.data) / "meta.json").exists():
+        log.say(f"{s.data} has no meta.json: taken for llm.c's shards, in GPT-2's vocabulary of {valid.vocab_size:,}, "
+                f"in sequences of {valid.seq_len}")
 
     compiled = s.compile and not world.any(not compiles(device))
     if s.compile and not compiled:

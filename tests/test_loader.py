@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from loader import IGNORE, Batches, DataError, Sequences, eval_blocks, open_shard
+from loader import IGNORE, Batches, DataError, Sequences, eval_blocks, fingerprint, open_shard, token_counts
 
 
 def shard(path, tokens, magic=20240520, version=1, claim=None):
@@ -116,8 +116,23 @@ def test_bad_directories_are_named(numbers, tmp_path):
     with pytest.raises(DataError, match="meta.json is broken"):
         Sequences(numbers, "train")
     (numbers / "meta.json").unlink()
+    for path in numbers.glob("val_*.bin"):
+        path.unlink()
     with pytest.raises(DataError, match="meta.json is missing"):
         Sequences(numbers, "train")
+
+
+def test_shards_of_llm_c_as_they_are(tmp_path):
+    shard(tmp_path / "fineweb_train_000002.bin", range(1000, 1600))
+    shard(tmp_path / "fineweb_train_000001.bin", range(600))
+    shard(tmp_path / "tiny_shakespeare_val.bin", [50256] * 300)
+    train, val = Sequences(tmp_path, "train"), Sequences(tmp_path, "val")
+    assert len(train) == 4 and len(val) == 1 and train.vocab_size == 50257
+    x, y = train[np.array([0, 3])]
+    assert x[0, 0] == 0 and x[1, 0] == 1256 and torch.equal(y, x + 1) and token_counts(tmp_path, 50257) is None
+    first = fingerprint(tmp_path)
+    shard(tmp_path / "fineweb_train_000001.bin", range(700))
+    assert fingerprint(tmp_path) != first
 
 
 def test_too_little_text_is_said(numbers):

@@ -1,8 +1,10 @@
 import itertools
+import os
 
 import pytest
 import torch
 
+from conftest import ROOT, python
 from model import Config, LLaMA
 from optim import ClippedSGD, build
 
@@ -177,3 +179,9 @@ def test_build_has_each_parameter_once_and_clips_the_output_layer_alone(name):
     assert sorted(ids) == sorted(id(p) for p in model.parameters())
     clipped = [p for group in optimizer.param_groups if group.get("token_clip") for p in group["params"]]
     assert [id(p) for p in clipped] == ([id(model.lm_head.weight)] if name == "clipped_sgd" else [])
+
+
+def test_sharded_by_fsdp2_the_steps_are_the_same():
+    done = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "tests" / "fsdp.py",
+                  env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and done.stdout.count("equal 2") == 2, done.stderr

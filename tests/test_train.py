@@ -129,6 +129,24 @@ def test_neither_micro_batch_nor_world_size_changes_the_losses(whole, stream, ro
     close(tmp_path / "two", tmp_path / "one")
 
 
+def test_wandb_gets_every_line_if_it_is_there(stream, tmp_path, capsys, monkeypatch):
+    (tmp_path / "wandb.py").write_text("""class Run(list):
+    def log(self, line, step):
+        self.append((step, line))
+runs = []
+def init(**words):
+    runs.append((words, Run()))
+    return runs[-1][1]
+""")
+    refuse(capsys, monkeypatch, "--wandb", "pip install", data=stream, out=tmp_path / "run", wandb="p")
+    monkeypatch.syspath_prepend(tmp_path)
+    here(data=stream, out=tmp_path / "run", wandb="p")
+    words, lines = sys.modules["wandb"].runs[0]
+    assert words["project"] == "p" and words["config"]["batch_size"] == 8
+    assert [{k: v for k, v in x.items() if k != "tok_per_s"} for _, x in lines] == metrics(tmp_path / "run")[:-1]
+    assert all(step == x["step"] for step, x in lines)
+
+
 @pytest.mark.parametrize("optimizer, more", [("sgd", {"lr": 1}), ("adamw", {"lr": 1e-3}), ("adamw", {"lr": 1e-3, "grad_clip": 0.1})])
 def test_the_baselines_learn(optimizer, more, stream, tmp_path):
     here(data=stream, out=tmp_path, optimizer=optimizer, **more)
