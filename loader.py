@@ -54,9 +54,9 @@ def foreign(folder):
     """What stands for meta.json where there is none: .bin files of llm.c or modded-nanogpt, in GPT-2's vocabulary, cut
     into sequences of the paper's length."""
     shards = {split: len(find(folder, split)) for split in ("train", "val")}
-    if not all(shards.values()):
-        raise DataError(f"{folder / 'meta.json'} is missing: prepare the data again with data/prepare.py, or put llm.c's"
-                        " *_train_*.bin and *_val_*.bin there")
+    if not all(shards.values()) or (folder / "tokenizer.model").exists():  # that is data/prepare.py's: meta.json is lost
+        raise DataError(f"{folder / 'meta.json'} is missing: prepare the data again with data/prepare.py, or give a "
+                        "folder of llm.c's *_train_*.bin and *_val_*.bin")
     return {"vocab_size": 50257, "seq_len": 256, "layout": "stream", "pad_id": -1, "eos_id": 50256, "tokenizer": "gpt2",
             "shards": shards}
 
