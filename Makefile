@@ -45,6 +45,9 @@ mnist: .venv/installed data/mnist  ## the same in images: MNIST with barcodes, a
 bench: $(DATA)  ## speed and memory beside peers (.venv/bin/pip install transformers: one more): a quarter of an hour
 	$(PY) bench.py --model=$(SCALE) --data=$(DATA)
 
+drill: .venv/installed  ## faults and damaged files: what is done, what survives, what is lost; a quarter of an hour
+	$(PY) tests/drill.py
+
 test: .venv/installed  ## the tests: two minutes
 	@$(MAKE) --no-print-directory -j2 test-runs test-rest
 test-runs:
@@ -67,4 +70,4 @@ data/c4:
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.PHONY: help demo gap lr ablation batch dynamics frequency spikes cost toy mnist bench test test-runs test-rest data/python
+.PHONY: help demo gap lr ablation batch dynamics frequency spikes cost toy mnist bench drill test test-runs test-rest data/python

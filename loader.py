@@ -54,7 +54,7 @@ def foreign(folder):
     """What stands for meta.json where there is none: .bin files of llm.c or modded-nanogpt, in GPT-2's vocabulary, cut
     into sequences of the paper's length."""
     shards = {split: len(find(folder, split)) for split in ("train", "val")}
-    if not all(shards.values()) or (folder / "tokenizer.model").exists():  # that is data/prepare.py's: meta.json is lost
+    if not all(shards.values()) or (folder / "tokenizer.model").exists():  # data/prepare.py's: its meta.json is lost
         raise DataError(f"{folder / 'meta.json'} is missing: prepare the data again with data/prepare.py, or give a "
                         "folder of llm.c's *_train_*.bin and *_val_*.bin")
     return {"vocab_size": 50257, "seq_len": 256, "layout": "stream", "pad_id": -1, "eos_id": 50256, "tokenizer": "gpt2",
@@ -115,6 +115,7 @@ class Sequences:
             raise DataError(f"{folder} has {len(self.paths)} {split}_*.bin where meta.json says "
                             f"{self.meta['shards'].get(split)}: prepare the data again")
         self.shards = [open_shard(path) for path in self.paths]
+        self.stats = [path.stat() for path in self.paths]
         T = self.seq_len  # a stream's last sequence needs one token more, to predict
         self.starts = np.cumsum([0] + [(len(s) if self.rows else len(s) - 1) // T for s in self.shards])
         if len(self) == 0:
@@ -124,11 +125,20 @@ class Sequences:
     def __len__(self):
         return int(self.starts[-1])
 
+    def unchanged(self, k):
+        path, old = self.paths[k], self.stats[k]
+        now = path.stat() if path.exists() else None
+        if now is None or (now.st_size, now.st_mtime_ns, now.st_ino) != (old.st_size, old.st_mtime_ns, old.st_ino):
+            raise DataError(f"{path} was changed while it was in use: put the old one back, or start another run")
+
     def __getitem__(self, numbers):
         """numbers, an array [n] -> inputs and targets, int64 [n, seq_len] each, targets IGNORE where padded."""
         T = self.seq_len
         window = np.zeros((len(numbers), T + 1), dtype=np.uint16)
-        for out, number, k in zip(window, numbers, np.searchsorted(self.starts, numbers, side="right") - 1):
+        which = np.searchsorted(self.starts, numbers, side="right") - 1
+        for k in set(which.tolist()):
+            self.unchanged(k)  # reading what is no longer there would kill the process
+        for out, number, k in zip(window, numbers, which):
             start = int(number - self.starts[k]) * T
             piece = self.shards[k][start:start + T + (not self.rows)]
             if piece.max() >= self.vocab_size:

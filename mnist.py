@@ -21,6 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from loader import DataError
 from run import hardware
 from sweep import Page, markdown, write
 from toy import RULES, agree, best_step, descend
@@ -31,20 +32,20 @@ STEPS = {"GD": 10**-1.5, "GD, momentum": 10**-2, "normalised GD": 1.0, "normalis
 
 
 def read_idx(folder, name):
-    """The array of bytes in an IDX file, NAME or NAME.gz: uint8 in its own shape. ValueError names the file."""
+    """The array of bytes in an IDX file, NAME or NAME.gz: uint8 in its own shape. DataError names the file."""
     path = next((p for p in (Path(folder) / name, Path(folder) / f"{name}.gz") if p.exists()), None)
     if path is None:
-        raise ValueError(f"{folder} has neither {name} nor {name}.gz: `python data/prepare.py mnist --out={folder}` "
+        raise DataError(f"{folder} has neither {name} nor {name}.gz: `python data/prepare.py mnist --out={folder}` "
                          "downloads MNIST's four files, or put them there yourself")
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
             data = f.read(100_000_000)  # twice the largest
     except (OSError, EOFError, zlib.error) as e:
-        raise ValueError(f"{path} cannot be read ({e}): delete it and download it again") from None
+        raise DataError(f"{path} cannot be read ({e}): delete it and download it again") from None
     rank = data[3] if data[:3] == b"\0\0\x08" and len(data) > 3 else 0
     shape = np.frombuffer(data[4:4 + 4 * rank], dtype=">u4").tolist() if len(data) >= 4 + 4 * rank else []
     if not 0 < rank < 4 or len(shape) != rank or len(data) != 4 + 4 * rank + math.prod(shape):
-        raise ValueError(f"{path} is no whole IDX file of bytes: delete it and download it again")
+        raise DataError(f"{path} is no whole IDX file of bytes: delete it and download it again")
     return np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * rank).reshape(shape)
 
 
@@ -53,12 +54,12 @@ def barcoded(images, labels, bits, each=5, seed=0):
 
     Classes 0 to 9 are the digits, as many of each as make half of the set; class 10 + 10 * code + digit is a digit with
     `code` in the first `bits` pixels of row 0, `each` images of it. Which images these are, and that all ten digits are
-    equally frequent, is ours. ValueError if there are too few.
+    equally frequent, is ours. DataError if there are too few.
     """
     rng, digits = np.random.default_rng(seed), [np.flatnonzero(labels == d) for d in range(10)]
     many = min(each * 2**bits, 5000)  # the paper's 5,000 at 10 bits
     if min(map(len, digits)) < many:
-        raise ValueError(f"there are {[len(d) for d in digits]} of the digits, and --bits={bits} needs {many} of each")
+        raise DataError(f"there are {[len(d) for d in digits]} of the digits, and --bits={bits} needs {many} of each")
     plain = np.concatenate([rng.permutation(d)[:many] for d in digits])
     chosen = np.concatenate([rng.permutation(d)[:each] for _ in range(2**bits) for d in digits])
     marked, code = images[chosen].copy(), np.repeat(np.arange(2**bits), 10 * each)
@@ -106,10 +107,10 @@ class Barcoded:
 
 
 def read_mnist(folder, part):
-    """Images uint8 [n, 28, 28] and labels uint8 [n] of MNIST's "train" or "t10k". ValueError names what is wrong."""
+    """Images uint8 [n, 28, 28] and labels uint8 [n] of MNIST's "train" or "t10k". DataError names what is wrong."""
     images, labels = (read_idx(folder, f"{part}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
     if images.shape != (len(labels), 28, 28) or labels.ndim > 1 or labels.max() > 9:
-        raise ValueError(f"{folder}: {part} has images of {list(images.shape)} and labels of {list(labels.shape)}, the "
+        raise DataError(f"{folder}: {part} has images of {list(images.shape)} and labels of {list(labels.shape)}, the "
                          f"largest {labels.max()}, not 28 x 28 pixels and a digit each: download it again")
     return images, labels
 
@@ -164,7 +165,7 @@ def main():
     began = time.perf_counter()
     try:
         page = mnist(args)
-    except ValueError as e:
+    except DataError as e:
         sys.exit(f"mnist.py: {e}")
     write(Path("results/toy/mnist"), page, page.caption,
           f"{hardware() if args.device == 'cpu' else torch.cuda.get_device_name()}; torch {torch.__version__}; "

@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 import time
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -169,6 +170,8 @@ class Folder:
             if not self.ckpt.exists():
                 return 0, 0.0, 0, None
             try:
+                if self.world.rank == 0 and zipfile.ZipFile(self.ckpt).testzip():  # torch.load checks no sums
+                    raise ValueError
                 state = torch.load(self.ckpt, map_location="cpu", weights_only=True, mmap=True)
                 self.compare(self.ckpt, state)
                 model.load_state_dict(state["model"])

@@ -101,6 +101,17 @@ def test_a_token_outside_the_vocabulary_is_named(numbers):
         sequences[np.array([5])]
 
 
+def test_a_shard_that_changes_is_named(numbers):
+    sequences = Sequences(numbers, "train")
+    path = numbers / "train_000001.bin"
+    old = path.read_bytes()
+    for change in (lambda: path.write_bytes(old[:-4]), path.unlink):
+        change()
+        assert sequences[np.array([1])][0].tolist() == [[4, 5, 6, 7]]  # the other shard is as it was
+        with pytest.raises(DataError, match="train_000001.bin was changed"):
+            sequences[np.array([1, 5])]
+
+
 def test_bad_directories_are_named(numbers, tmp_path):
     with pytest.raises(DataError, match="no data directory"):
         Sequences(tmp_path / "none", "train")

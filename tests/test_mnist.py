@@ -8,6 +8,7 @@ import torch
 
 import mnist
 from conftest import ROOT, one_line, prepare, python
+from loader import DataError
 from test_prepare import Server
 
 
@@ -37,7 +38,7 @@ def test_barcodes_classes_and_counts(folder):
         assert x[0, :2].tolist() == [255 * (code & 1), 255 * (code >> 1)]
         same = [i for i in images[labels == digit] if (i[1:] == x[1:]).all() and (i[0, 2:] == x[0, 2:]).all()]
         assert len(same) == 1
-    with pytest.raises(ValueError, match="--bits=10 needs 5000"):
+    with pytest.raises(DataError, match="--bits=10 needs 5000"):
         mnist.barcoded(images, labels, bits=10)
 
 
@@ -66,15 +67,15 @@ def test_bad_files_are_named(folder, tmp_path):
     good = (folder / name).read_bytes()
     for bad in (good[:-1], good + b"1", b"", b"\0\0\x0d" + good[3:], good[:9]):
         (folder / name).write_bytes(bad)
-        with pytest.raises(ValueError, match=f"{name} is no whole IDX file"):
+        with pytest.raises(DataError, match=f"{name} is no whole IDX file"):
             mnist.read_mnist(folder, "train")
     (folder / name).unlink()
     one_line(python(ROOT / "mnist.py", f"--data={folder}", cwd=tmp_path), name, "prepare.py mnist")
     (folder / f"{name}.gz").write_bytes(gzip.compress(good)[:-9])
-    with pytest.raises(ValueError, match=f"{name}.gz cannot be read"):
+    with pytest.raises(DataError, match=f"{name}.gz cannot be read"):
         mnist.read_mnist(folder, "train")
     (folder / f"{name}.gz").write_bytes(gzip.compress(idx(np.zeros((3, 28, 28), np.uint8))))
-    with pytest.raises(ValueError, match=r"\[3, 28, 28\]"):
+    with pytest.raises(DataError, match=r"\[3, 28, 28\]"):
         mnist.read_mnist(folder, "train")
 
 

@@ -5,6 +5,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -147,6 +148,22 @@ def init(**words):
     assert all(step == x["step"] for step, x in lines)
 
 
+def test_two_nodes_meet_and_all_ranks_end_alike(whole, stream, tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+
+    def nodes(**changes):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_id=1",
+                   "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", SCRIPT, *settings(data=stream, **changes)]
+        both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD) for _ in "12"]
+        return [result(node) for node in both]
+    assert all(done.returncode == 0 for done in nodes(out=tmp_path / "two"))
+    close(tmp_path / "two", whole)
+    assert all(done.returncode == 0 for done in nodes(out=tmp_path / "diverged", optimizer="sgd", lr=1e5))
+    assert metrics(tmp_path / "diverged")[-1]["status"] == "diverged"
+
+
 @pytest.mark.parametrize("optimizer, more", [("sgd", {"lr": 1}), ("adamw", {"lr": 1e-3}), ("adamw", {"lr": 1e-3, "grad_clip": 0.1})])
 def test_the_baselines_learn(optimizer, more, stream, tmp_path):
     here(data=stream, out=tmp_path, optimizer=optimizer, **more)
@@ -261,6 +278,37 @@ def test_torchrun_told_to_stop_saves(stream, tmp_path):
     assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"] == metrics(tmp_path)[-1]["step"] < 500
 
 
+def test_a_slurm_job_saves_and_queues_itself_again(stream, tmp_path):
+    """With stand-ins for Slurm's commands; the job, torchrun and the run are real."""
+    bin = tmp_path / "repo" / ".venv" / "bin"
+    bin.mkdir(parents=True)
+    for name, body in {"srun": 'exec "$@"', "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+                       "scontrol": f'[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> {tmp_path}/said'}.items():
+        (bin / name).write_text(f"#!/bin/sh\n{body}\n")
+        (bin / name).chmod(0o755)
+    for path in (*ROOT.glob("*.py"), ROOT / "slurm.sh"):
+        (tmp_path / "repo" / path.name).symlink_to(path)
+    env = {**ONE_THREAD, "PATH": f"{bin}:{os.environ['PATH']}", "SLURM_NNODES": "1", "SLURM_JOB_ID": "7",
+           "SLURM_JOB_NODELIST": "here", "SLURM_GPUS_ON_NODE": "1"}
+    out = tmp_path / "run"
+
+    def job(steps):
+        return subprocess.Popen(["bash", "slurm.sh", *settings(data=stream, out=out, steps=steps, log_every=1)],
+                                cwd=tmp_path / "repo", env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = job(5000)
+    wait_for(out, 3, first)
+    first.terminate()
+    said = result(first).stdout
+    assert "the same command goes on" in said and (tmp_path / "said").read_text() == "requeue 7\n"
+    at = metrics(out)[-1]["step"]
+    second = job(5000)
+    wait_for(out, at + 1, second)
+    second.terminate()
+    assert f"from step {at}" in result(second).stdout
+    bad = job(0)
+    assert result(bad).returncode != 0 and (tmp_path / "said").read_text() == "requeue 7\n" * 2
+
+
 def test_a_full_disk_keeps_the_old_checkpoint(stream, tmp_path):
     here(data=stream, out=tmp_path)
     (tmp_path / "metrics.jsonl").unlink()  # as if stopped at step 8
@@ -351,7 +399,8 @@ def test_a_bad_checkpoint_is_refused(whole, stream, tmp_path, capsys, monkeypatc
     refuse(capsys, monkeypatch, "metrics.jsonl is shorter", data=stream, out=out)
     (out / "metrics.jsonl").write_text("".join(lines[:-1]))  # as if not finished
     good = (out / "ckpt.pt").read_bytes()
-    for bad in (good[:len(good) // 2], b"", b"not a checkpoint"):
+    half = len(good) // 2
+    for bad in (good[:half], b"", b"not a checkpoint", good[:half] + bytes([good[half] ^ 1]) + good[half + 1:]):
         (out / "ckpt.pt").write_bytes(bad)
         refuse(capsys, monkeypatch, "ckpt.pt", "damaged", data=stream, out=out)
         assert (out / "ckpt.pt").read_bytes() == bad

@@ -1,0 +1,254 @@
+"""The fault drill and the fuzz: what is done to runs and to files here, and what is lost by it. Nothing should be.
+
+    python tests/drill.py              # or `make drill`: both
+    python tests/drill.py faults --times=20
+    python tests/drill.py fuzz --files=2000
+
+faults: runs of nano are killed, stopped, starved of disk and robbed of their data, then continued; survived is what ends
+bit for bit as a run to which nothing happened. fuzz: files with random damage are read; good is a clear error or a
+result, bad a traceback, ten seconds, or a process of twice the memory that reading the whole file took.
+"""
+import argparse
+import collections
+import gzip
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from conftest import ROOT, documents, metrics, prepare, settings, write_jsonl
+
+SCRIPT = ROOT / "train.py"
+SETTINGS = dict(steps=30, eval_every=10, save_every=1, log_every=1)  # saving is half of the time
+
+
+# ---- faults ---------------------------------------------------------------------------------------------------------
+
+def launch(out, data, processes=1, restarts=0, **options):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", f"--max_restarts={restarts}"]
+    return subprocess.Popen([sys.executable, *(torchrun if processes > 1 else []), SCRIPT,
+                             *settings(out=out, data=data, **SETTINGS)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def state(out):
+    return torch.load(out / "ckpt.pt", weights_only=True)
+
+
+def same(a, b):
+    """Whether two runs left the same lines and the same bits."""
+    x, y = state(a), state(b)
+    tensors = zip(torch.utils._pytree.tree_leaves([x["model"], x["optimizer"]]),
+                  torch.utils._pytree.tree_leaves([y["model"], y["optimizer"]]), strict=True)
+    return metrics(a) == metrics(b) and all(torch.equal(p, q) if torch.is_tensor(p) else p == q for p, q in tensors)
+
+
+def wait(out, step, process):
+    """Until the run has written the line of a step."""
+    while process.poll() is None:
+        path = out / "metrics.jsonl"
+        if path.exists() and f'"step": {step},' in path.read_text():
+            return
+        time.sleep(0.01)
+
+
+def killed(out, data, seconds, number=signal.SIGKILL):
+    process = launch(out, data)
+    time.sleep(random.uniform(0, seconds))
+    process.send_signal(number)
+    finish(process)
+    return finish(launch(out, data))[0] == 0
+
+
+def terminated(out, data, seconds):
+    return killed(out, data, seconds, signal.SIGTERM)
+
+
+def rank_killed(out, data, seconds):
+    process = launch(out, data, processes=2, restarts=1)
+    wait(out, random.randrange(1, 20), process)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(random.choice(workers)), signal.SIGKILL)
+    return finish(process)[0] == 0
+
+
+def disk_full(out, data, seconds):
+    """No file may grow beyond a random size, from nothing to a whole checkpoint of 6 MB."""
+    limit = random.randrange(1_000, 6_000_000)
+    status, _, err = finish(launch(out, data, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))))
+    return status != 0 and "make room" in err and "Traceback" not in err and finish(launch(out, data))[0] == 0
+
+
+def shard_changed(out, data, seconds):
+    shard = shutil.copytree(data, out.parent / f"{out.name}-data") / "train_000000.bin"
+    good, about = shard.read_bytes(), shard.stat()
+    process = launch(out, shard.parent)
+    wait(out, 5, process)
+    shard.write_bytes(good[:len(good) // 2])
+    status, _, err = finish(process)
+    shard.write_bytes(good)
+    os.utime(shard, ns=(about.st_atime_ns, about.st_mtime_ns))
+    return status != 0 and "was changed" in err and finish(launch(out, shard.parent))[0] == 0
+
+
+def two_at_once(out, data, seconds):
+    first, second = launch(out, data), launch(out, data)
+    ends = [finish(first), finish(second)]
+    refused = [err for status, _, err in ends if status]
+    return len(refused) == 1 and "another process is at work" in refused[0]
+
+
+FAULTS = {"SIGKILL at a random moment": (killed, 1), "SIGTERM at a random moment": (terminated, 1),
+          "one rank of two killed, torchrun restarts": (rank_killed, 0.15), "disk full at a random size": (disk_full, 0.25),
+          "a shard cut in half under the run": (shard_changed, 0.15), "two runs in one folder": (two_at_once, 0.15)}
+
+
+def faults(folder, data, times):
+    """Prints the table; returns how many runs were lost."""
+    whole, pair = folder / "whole", folder / "pair"
+    began = time.monotonic()
+    assert finish(launch(whole, data))[0] == 0
+    seconds = time.monotonic() - began
+    assert finish(launch(pair, data, processes=2))[0] == 0
+    print("| fault | times | survived | lost |\n| --- | --- | --- | --- |", flush=True)
+    lost = 0
+    for name, (fault, share) in FAULTS.items():
+        ok, n = 0, max(1, round(share * times))
+        for i in range(n):
+            out = folder / f"{fault.__name__}-{i}"
+            if fault(out, data, seconds) and same(out, pair if fault is rank_killed else whole):
+                ok += 1
+            else:
+                print(f"lost: {out}", file=sys.stderr)
+        lost += n - ok
+        print(f"| {name} | {n} | {ok} | {n - ok} |", flush=True)
+    return lost
+
+
+# ---- fuzz -----------------------------------------------------------------------------------------------------------
+
+def damage(data, rng):
+    """Bytes with one of: flipped bits, a cut, a zeroed block, an inserted block, a block moved, other numbers in text."""
+    data, n = bytearray(data), len(data)
+    kind, a, b = rng.randrange(6), *sorted(rng.randrange(n + 1) for _ in range(2))
+    if kind == 0:
+        for _ in range(rng.choice([1, 1, 8, 100])):
+            data[rng.randrange(min(n, rng.choice([64, 2048, n])))] ^= 1 << rng.randrange(8)  # often in the header
+    elif kind == 1:
+        del data[a:]
+    elif kind == 2:
+        data[a:b] = bytes(b - a)
+    elif kind == 3:
+        data[a:a] = rng.randbytes(rng.choice([1, 100, 5000]))
+    elif kind == 4:
+        data[a:b] = data[a:b][::-1]
+    else:
+        for digit in [i for i in range(min(n, 5000)) if 48 <= data[i] < 58][:rng.choice([1, 5])]:
+            data[digit] = rng.choice(b"0123456789-.e")
+    return bytes(data)
+
+
+def fuzz(folder, data, files, seed=0):
+    """Prints the table; returns how many files were read badly."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+    import loader
+    import mnist
+    import optim
+    import prepare as preparing
+    import run
+    import sample
+    from model import Config, LLaMA
+    model = LLaMA(Config.named("nano", 500))
+    optimizer = optim.build("clipped_sgd", model, 100.0)
+    world, identity = run.World("cpu"), {"steps": 1}
+    made = run.Folder(folder / "run", identity, world)
+    made.claim({"settings": {"model": "nano", "data": str(data)}})
+    model(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long)).backward()
+    optimizer.step()
+    made.save(1, 1.0, 5.0, model, optimizer)
+    sample.export(model, folder / "hf", 32, sample.Tokenizer(loader.read_meta(data), data))
+    write_jsonl(folder / "text.json.gz", documents(300))
+    array = np.arange(50 * 28 * 28, dtype=np.uint8).reshape(50, 28, 28)
+    (folder / "idx").write_bytes(b"\0\0\x08\x03" + np.array(array.shape, ">u4").tobytes() + array.tobytes())
+
+    def shards():
+        sequences = loader.Sequences(data, "train")
+        sequences[np.arange(len(sequences))]
+    readers = {
+        data / "train_000000.bin": shards, data / "meta.json": shards,
+        data / "token_counts.npy": lambda: loader.token_counts(data, 500),
+        folder / "run" / "ckpt.pt": lambda: made.load(model, optimizer),
+        folder / "run" / "config.json": lambda: made.claim({}),
+        folder / "text.json.gz": lambda: collections.deque(preparing.read_documents(folder / "text.json.gz"), 0),
+        folder / "idx": lambda: mnist.read_idx(folder, "idx"),
+        folder / "hf" / "model.safetensors": lambda: sample.pretrained(folder / "hf", model.config),
+        folder / "hf" / "config.json": lambda: sample.pretrained(folder / "hf", model.config)}
+    rng, bad, rows = random.Random(seed), 0, []
+    signal.signal(signal.SIGALRM, lambda *_: sys.exit("ten seconds"))
+    quiet = open(os.devnull, "w")
+    for path, read in readers.items():
+        good, seen = path.read_bytes(), collections.Counter()
+        read()
+        size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for _ in range(files // len(readers)):
+            path.write_bytes(damage(good, rng))
+            signal.alarm(10)
+            kind, sys.stderr = "read", quiet
+            try:
+                read()
+            except (loader.DataError, run.UserError, SystemExit) as e:
+                kind = "bad" if str(e) == "ten seconds" or not str(e) else "refused"
+            except Exception as e:
+                kind = "bad"
+                print(f"bad: {path.name}: {type(e).__name__}: {e}")
+            finally:
+                sys.stderr = sys.__stderr__
+                signal.alarm(0)
+            seen[kind] += 1
+        path.write_bytes(good)
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / size
+        if grown > 2:
+            seen["bad"] += 1
+            print(f"bad: {path.name}: {grown:.1f} x the memory")
+        bad += seen["bad"]
+        rows.append(f"| {path.name} | {sum(seen.values())} | {seen['refused']} | {seen['read']} | {seen['bad']} |")
+    print("| file | damaged | refused in a line | read | bad |\n| --- | --- | --- | --- | --- |", *rows, sep="\n")
+    return bad
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", default=["faults", "fuzz"], choices=["faults", "fuzz"])
+    parser.add_argument("--times", type=int, default=20, help="of the frequent faults")
+    parser.add_argument("--files", type=int, default=2000)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        text = write_jsonl(folder / "first.json.gz", documents())
+        done = prepare("files", text, f"--out={folder / 'data'}", "--tokenizer=train:500", "--seq_len=32")
+        assert done.returncode == 0, done.stderr
+        bad = 0
+        if "faults" in args.what:
+            bad += faults(folder, folder / "data", args.times)
+        if "fuzz" in args.what:
+            bad += fuzz(folder, folder / "data", args.files)
+    sys.exit(bad > 0)
+
+
+if __name__ == "__main__":
+    main()
