@@ -10,8 +10,6 @@ result, bad a traceback, ten seconds, or a process of twice the memory that read
 """
 import argparse
 import collections
-import gzip
-import json
 import os
 import random
 import resource
