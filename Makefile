@@ -27,13 +27,15 @@ batch: $(NEED)  ## the gap against the batch size at a fixed number of tokens: t
 
 dynamics: $(NEED)  ## norms, ratios, imbalance, spikes along training, in small and large batches: half an hour
 
+thresholds: $(NEED)  ## how the best clips move with the width, the batch and the number of steps: an hour
+
 frequency: $(NEED)  ## the loss of ten groups of tokens, frequent to rare, along training; shares gap's runs; half an hour more
 
 spikes: $(NEED)  ## Spike No More's models over learning rates: spikes, loss, the largest that each bears; two hours
 
 cost: .venv/installed  ## what one run of SCALE takes: parameters, FLOPs, memory, hours; nothing is run
 
-gap lr ablation batch dynamics frequency spikes cost:
+gap lr ablation batch dynamics thresholds frequency spikes cost:
 	$(TABLES) $@
 
 toy: .venv/installed  ## softmax regression with imbalanced classes: why Adam beats gradient descent; three minutes
@@ -70,4 +72,4 @@ data/c4:
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.PHONY: help demo gap lr ablation batch dynamics frequency spikes cost toy mnist bench drill test test-runs test-rest data/python
+.PHONY: help demo gap lr ablation batch dynamics thresholds frequency spikes cost toy mnist bench drill test test-runs test-rest data/python

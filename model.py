@@ -23,7 +23,9 @@ IGNORE = -100  # a target that counts for nothing: padding (PyTorch's own conven
 
 #        hidden    ffn  layers  heads
 SIZES = {
-    "nano": (128,   352,  4,  4),   # ours: for a CPU
+    "micro": (64,   176,  4,  2),   # ours, these three: for a CPU
+    "nano": (128,   352,  4,  4),
+    "mini": (256,   704,  4,  8),
     "60m":  (512,  1376,  8,  8),   # 58,073,600 parameters at a vocabulary of 32,000
     "130m": (768,  2048, 12, 12),   # 134,105,856
     "350m": (1024, 2736, 24, 16),   # 367,969,280

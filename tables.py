@@ -235,17 +235,22 @@ def ablation(args):
                 "over the run.", draw)
 
 
+def batch_of(size, s, args):
+    """The settings for another batch size: with the micro-batch of the settings s, or less where it does not fit."""
+    return {"batch_size": size} | ({"micro_batch": min(s["micro_batch"], size // args.nproc)}
+                                   if s.get("micro_batch") else {})
+
+
 def sizes(args):
     """Batch sizes that span a factor of 64 around the scale's, with the steps that keep the number of tokens."""
     s = method("Adam", args).settings
     shapes = []
     for size in (s["batch_size"] // 16, s["batch_size"] // 4, s["batch_size"], 4 * s["batch_size"]):
-        steps, share = s["steps"] * s["batch_size"] // max(1, size), size // args.nproc
-        if steps == 0 or share == 0:
+        steps = s["steps"] * s["batch_size"] // max(1, size)
+        if steps == 0 or size < args.nproc:
             sys.exit(f"tables.py: {s['steps']} steps of {s['batch_size']} sequences leave no batches 4 times as large "
                      f"and 16 times as small on {args.nproc} processes: give more --steps or a larger --batch_size")
-        shapes.append({"batch_size": size, "steps": steps, "eval_every": max(1, steps // 5)}
-                      | ({"micro_batch": min(s["micro_batch"], share)} if s.get("micro_batch") else {}))
+        shapes.append({**batch_of(size, s, args), "steps": steps, "eval_every": max(1, steps // 5)})
     return shapes
 
 
@@ -320,6 +325,42 @@ def dynamics(args):
                 "above 5 times the median norm of the 100 steps before.", draw, (1, 4))
 
 
+def thresholds(args):
+    """How the best settings of clipped SGD move with the width of the model, the batch and the steps: short runs."""
+    from model import SIZES, Config
+    s, models, axes = method("Adam", args).settings, list(SIZES), ("lr", "update_clip", "token_clip")
+    size, steps, i = s["batch_size"] // 2, s["steps"] // 2, models.index(s["model"])
+    base = {**batch_of(size, s, args), "steps": steps, "eval_every": steps // 2}
+    points = [{"model": models[k]} for k in (i - 1, i + 1) if 0 <= k < len(models)]
+    points += [batch_of(n, s, args) for n in (size // 4, 4 * size)]
+    points += [{"steps": n, "eval_every": n // 2} for n in (steps // 4, 4 * steps)]
+    centre, every = search("clipped SGD", args, **base)
+    found = [centre]
+    for changes in points:
+        run, tried = search("clipped SGD", args, **{**base, **{k: centre.settings[k] for k in axes}, **changes})
+        found.append(run)
+        every = every + tried
+    rows = [run.row() | {"best": run.out in {best.out for best in found}} for run in every]
+    table = markdown(("model", "sequences a batch", "steps", "validation loss", "best lr", "update clip", "token clip"),
+                     [(run.settings["model"], str(run.settings["batch_size"]), str(run.settings["steps"]), run.verdict,
+                       *(f"{run.settings[k]:g}" for k in axes)) for run in found])
+
+    def draw(panels):
+        looks = {"hidden size": lambda s: Config.named(s["model"], 8).hidden,
+                 "sequences a batch": lambda s: s["batch_size"], "steps": lambda s: s["steps"]}
+        for panel, (label, x) in zip(panels, looks.items()):
+            line = [run.settings for run in sorted(found, key=lambda run: x(run.settings))
+                    if run is centre or x(run.settings) != x(centre.settings)]
+            for key, dash, mark in (("update_clip", "-", "o"), ("token_clip", "--", "D")):
+                panel.plot([x(s) for s in line], [s[key] for s in line], dash, color="black", marker=mark, label=key)
+            panel.set(xscale="log", yscale="log", ylim=(3e-5, 2e-2), xlabel=label, xticks=[x(s) for s in line],
+                      xticklabels=[x(s) for s in line])
+            panel.minorticks_off()
+        panels[0].legend(title="best")
+    return Page(table, rows, every, "The best settings of clipped SGD by a search in steps of sqrt(10), one seed, as "
+                "the width of the model, the batch or the number of steps moves.", draw, (1, 3))
+
+
 def frequency(args):
     """Paper B's figure 1 with clipped SGD as one more optimizer; the runs are those of gap."""
     counts = token_counts(args.data, shape(args)[0])
@@ -370,15 +411,14 @@ def frequency(args):
         axes[0].legend()
     return Page(table, rows, [run for runs in found.values() for run in runs] + more,
                 "Ten groups of tokens, each a tenth of the training text, from frequent (1, dark) to rare (10, pale); "
-                "seed " f"{found['Adam'][0].settings['seed']} is drawn. Paper B: SGD hardly learns the rare groups, "
+                f"seed {found['Adam'][0].settings['seed']} is drawn. Paper B: SGD hardly learns the rare groups, "
                 f"Adam all. Here group 10's loss falls by {told} nats.", draw, (1, 3))
 
 
 def spikes(args):
     """Paper C's arms over learning rates, at half of the tokens: a quarter of the batch, twice the steps."""
     s = method("Adam", args).settings
-    short = {"batch_size": s["batch_size"] // 4, "steps": 2 * s["steps"], "eval_every": 2 * s["eval_every"]} | (
-        {"micro_batch": min(s["micro_batch"], s["batch_size"] // 4 // args.nproc)} if s.get("micro_batch") else {})
+    short = {**batch_of(s["batch_size"] // 4, s, args), "steps": 2 * s["steps"], "eval_every": 2 * s["eval_every"]}
     names = ("Adam", "SGD with momentum", "clipped SGD")
     grid = {(name, arm): lr_grid(name, args, **short, **ARMS[arm][0]) for name in names for arm in ARMS}
     every = execute([run for runs in grid.values() for run in runs], args)
@@ -475,7 +515,7 @@ def check_memory(args):
                  f"commands with --dry, or run it on the CPU with --device=cpu")
 
 
-ARTEFACTS = {f.__name__: f for f in (demo, gap, lr, ablation, batch, dynamics, frequency, spikes, cost)}
+ARTEFACTS = {f.__name__: f for f in (demo, gap, lr, ablation, batch, dynamics, thresholds, frequency, spikes, cost)}
 
 
 def value(text):
