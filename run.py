@@ -37,15 +37,20 @@ class World:
         if cuda:
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            dist.init_process_group("nccl" if cuda else "gloo")
-            self.host = dist.new_group(backend="gloo")  # for what must not wait for the GPU
+            # torchrun keeps its store over --max_restarts, and in it the addresses of the dead (pytorch/pytorch#167288).
+            # On one node all ranks agree on the number of restarts, so that it can tell old keys from new ones.
+            store, *_ = next(dist.rendezvous("env://"))
+            if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+                store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",  # gloo for what need not wait for the GPU
+                                    store=store, rank=self.rank, world_size=self.size)
 
     def any(self, flag):
         """Is `flag` true on some rank?"""
         if self.size == 1:
             return flag
         flags = torch.tensor([int(flag)])
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.host)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         return bool(flags.item())
 
     def sum(self, tensor):
@@ -63,7 +68,7 @@ class World:
                 answer[0] = function()
             except (UserError, DataError) as e:
                 error, answer[1] = e, True
-        dist.broadcast_object_list(answer, group=self.host)
+        dist.broadcast_object_list(answer, device=torch.device("cpu"))
         if answer[1]:
             raise error or SystemExit(1)
         return answer[0]
