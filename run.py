@@ -39,18 +39,19 @@ class World:
         if self.size > 1:
             # torchrun keeps its store over --max_restarts, and in it the addresses of the dead (pytorch/pytorch#167288).
             # On one node all ranks agree on the number of restarts, so that it can tell old keys from new ones.
-            store, *_ = next(dist.rendezvous("env://"))
-            if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-                store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",  # gloo for what need not wait for the GPU
-                                    store=store, rank=self.rank, world_size=self.size)
+            more, restarts = {}, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            if restarts != "0" and os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+                store, rank, size = next(dist.rendezvous("env://"))
+                more = {"store": dist.PrefixStore(restarts, store), "rank": rank, "world_size": size}
+            dist.init_process_group("nccl" if cuda else "gloo", **more)
+            self.host = dist.new_group(backend="gloo")  # for what must not wait for the GPU
 
     def any(self, flag):
         """Is `flag` true on some rank?"""
         if self.size == 1:
             return flag
         flags = torch.tensor([int(flag)])
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.host)
         return bool(flags.item())
 
     def sum(self, tensor):
@@ -68,7 +69,7 @@ class World:
                 answer[0] = function()
             except (UserError, DataError) as e:
                 error, answer[1] = e, True
-        dist.broadcast_object_list(answer, device=torch.device("cpu"))
+        dist.broadcast_object_list(answer, group=self.host)
         if answer[1]:
             raise error or SystemExit(1)
         return answer[0]

@@ -157,10 +157,11 @@ def test_two_nodes_meet_and_all_ranks_end_alike(whole, stream, tmp_path):
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_id=1",
                    "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", SCRIPT, *settings(data=stream, **changes)]
         both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD) for _ in "12"]
-        return [result(node) for node in both]
-    assert all(done.returncode == 0 for done in nodes(out=tmp_path / "two"))
+        for done in [result(node) for node in both]:
+            assert done.returncode == 0, done.stderr
+    nodes(out=tmp_path / "two")
     close(tmp_path / "two", whole)
-    assert all(done.returncode == 0 for done in nodes(out=tmp_path / "diverged", optimizer="sgd", lr=1e5))
+    nodes(out=tmp_path / "diverged", optimizer="sgd", lr=1e5)
     assert metrics(tmp_path / "diverged")[-1]["status"] == "diverged"
 
 
