@@ -402,6 +402,8 @@ def frequency(args):
 
     def draw(axes):
         for each, (name, runs) in zip(axes, list(found.items())[:3]):
+            if not runs[0].evals:  # it failed
+                continue
             for i in range(10):
                 seen = [x for x in runs[0].evals if x["group_losses"][i] is not None]
                 each.plot([x["step"] for x in seen], [x["group_losses"][i] for x in seen], color=str(0.08 * i),

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import pytest
@@ -82,6 +83,23 @@ def test_transformers_gives_the_same_logits(embedding, stream, tmp_path):
     theirs.save_pretrained(tmp_path / "again")  # what transformers writes comes back too
     again = pretrained(tmp_path / "again", Config.named("nano", 500))
     assert torch.equal(again["lm_head.weight"], model.lm_head.weight)
+
+
+def test_the_readmes_loop_with_transformers(hf, monkeypatch):
+    pytest.importorskip("transformers", reason="pip install transformers")
+    code = re.search(r"```python\n(from transformers.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    monkeypatch.chdir(hf.parent)
+    batch = torch.randint(500, (4, 32))
+    names = {"batches": [batch] * 30}
+    exec(code, names)
+    loss = names["model"](input_ids=batch, labels=batch).loss.item()
+    assert loss < load_loss(hf, batch) - 0.5
+
+
+def load_loss(hf, batch):
+    model = LLaMA(Config.named("nano", 500))
+    model.load_state_dict(pretrained(hf, model.config))
+    return model(batch[:, :-1], batch[:, 1:]).item() / batch[:, 1:].numel()
 
 
 def test_what_is_refused(run, hf, stream, tmp_path, capsys):
