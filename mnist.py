@@ -23,8 +23,8 @@ import torch.nn.functional as F
 
 from loader import DataError
 from run import hardware
-from sweep import Page, markdown, write
-from toy import RULES, agree, best_step, descend
+from sweep import Page, markdown, number, write
+from toy import RULES, agree, best_step, descend, finite
 
 # The paper's step sizes at 10 bits; at fewer the search starts there, and for clipped SGD always [ours].
 STEPS = {"GD": 10**-1.5, "GD, momentum": 10**-2, "normalised GD": 1.0, "normalised GD, momentum": 1.0,
@@ -46,7 +46,7 @@ def read_idx(folder, name):
     shape = np.frombuffer(data[4:4 + 4 * rank], dtype=">u4").tolist() if len(data) >= 4 + 4 * rank else []
     if not 0 < rank < 4 or len(shape) != rank or len(data) != 4 + 4 * rank + math.prod(shape):
         raise DataError(f"{path} is no whole IDX file of bytes: delete it and download it again")
-    return np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * rank).reshape(shape)
+    return np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * rank).reshape(shape).copy()  # may be written to
 
 
 def barcoded(images, labels, bits, each=5, seed=0):
@@ -124,19 +124,21 @@ def mnist(args):
     found = {}
     for name, start in STEPS.items():
         rule, papers = RULES[name][0], args.bits == 10 and name != "clipped SGD"
-        lr = start if papers else best_step(make, rule, start, args.steps)
-        model = make()
-        total, groups = descend(model, rule, lr, args.steps, looks)
+        if papers:
+            lr, model = start, make()
+            total, groups = descend(model, rule, lr, args.steps, looks)
+        else:
+            lr, model, total, groups = best_step(make, rule, start, args.steps, looks)
         found[name] = lr, total, torch.stack(groups), model.error(*test)
         print(f"{name}: step size {lr:.3g}, loss {total[-1]:.4f}", flush=True)
     fall = {name: (1 - groups[-1] / groups[0]).tolist() for name, (_, _, groups, _) in found.items()}
-    rows = [{"method": name, "step_size": lr, "loss": total[-1], "old": groups[-1][0].item(),
+    rows = [{"method": name, "step_size": lr, "loss": finite(total[-1]), "old": groups[-1][0].item(),
              "new": groups[-1][1].item(), "new_at_start": groups[0][1].item(), "test_error": error}
             for name, (lr, total, groups, error) in found.items()]
     table = markdown(("method", "step size", "loss", "ten digits", "barcoded classes", "fall of the barcoded",
                       "error on the test digits"),
-                     [(r["method"], f"{r['step_size']:.3g}", f"{r['loss']:.3f}", f"{r['old']:.3f}", f"{r['new']:.3f}",
-                       f"{fall[r['method']][1]:.0%}", f"{r['test_error']:.1%}") for r in rows])
+                     [(r["method"], f"{r['step_size']:.3g}", number(r["loss"], ".3f"), f"{r['old']:.3f}",
+                       f"{r['new']:.3f}", f"{fall[r['method']][1]:.0%}", f"{r['test_error']:.1%}") for r in rows])
 
     def draw(axes):
         for each, (name, (lr, _, groups, _)) in zip(axes.flat, found.items()):
@@ -160,14 +162,17 @@ def main():
     parser.add_argument("--data", default="data/mnist", help="folder with MNIST's four files")
     parser.add_argument("--bits", type=int, default=4, choices=range(1, 11), metavar="N", help="of the barcode [4]")
     parser.add_argument("--steps", type=int, default=300, help="the paper's [300]")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    if args.steps < 1 or args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--steps starts at 1, and --device=cuda needs a GPU")
     began = time.perf_counter()
     try:
         page = mnist(args)
     except DataError as e:
         sys.exit(f"mnist.py: {e}")
-    write(Path("results/toy/mnist"), page, page.caption,
+    size = f"-bits{args.bits}" * (args.bits != 4)
+    write(Path(f"results/toy/mnist{size}"), page, page.caption,
           f"{hardware() if args.device == 'cpu' else torch.cuda.get_device_name()}; torch {torch.__version__}; "
           f"{time.strftime('%Y-%m-%d')}; {time.perf_counter() - began:.0f} s",
           f"python mnist.py --bits={args.bits} --steps={args.steps}")

@@ -1,6 +1,7 @@
 """What surrounds a run: the processes that share it, its folder on disk, and its log."""
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -37,7 +38,7 @@ class World:
         if cuda:
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            # torchrun keeps its store over --max_restarts, and in it the addresses of the dead (pytorch/pytorch#167288).
+            # torchrun keeps its store over --max_restarts, and in it the addresses of the dead (pytorch issue 167288).
             # On one node all ranks agree on the number of restarts, so that it can tell old keys from new ones.
             more, restarts = {}, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             if restarts != "0" and os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
@@ -210,11 +211,17 @@ class Log:
     def __init__(self, s, folder, sequences):
         self.s, self.folder, self.world, self.pending = s, folder, folder.world, []
         self.tokens_per_step = s.batch_size * sequences.seq_len  # padding included, as the paper counts
-        self.limit = 2 * math.log(sequences.vocab_size)  # ours: diverged is twice the loss of a uniform guess
+        # ours: diverged is twice the loss of a uniform guess; weighted, one batch's mean may be anything
+        self.limit = math.inf if s.loss_weighting else 2 * math.log(sequences.vocab_size)
         self.wandb = None
-        if s.wandb and self.world.rank == 0:
+
+    def start_wandb(self):
+        """Once the folder is this process's."""
+        if self.s.wandb and self.world.rank == 0:
             import wandb
-            self.wandb = wandb.init(project=s.wandb, name=s.out, id=Path(s.out).name, resume="allow", config=asdict(s))
+            out = Path(self.s.out).resolve()
+            self.wandb = wandb.init(project=self.s.wandb, name=self.s.out, config=asdict(self.s), resume="allow",
+                                    id=hashlib.sha256(f"{out} {self.folder.identity}".encode()).hexdigest()[:16])
 
     def add(self, lr, values, looks={}):
         """Of one step: its lr, `values` that every step has, `looks` that only some have; 0-d tensors."""

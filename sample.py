@@ -78,7 +78,8 @@ def generate(model, ids, count, length, temperature=1.0, top_k=None, stop=None):
 # ---- Hugging Face's LLaMA format ------------------------------------------------------------------------------------
 
 def export(model, folder, length, tokenizer):
-    """config.json, model.safetensors and the tokenizer. Raises UserError if LLaMA has no such model."""
+    """Writes config.json, model.safetensors and, if it is a SentencePiece model, the tokenizer. Raises UserError if
+    LLaMA has no such model."""
     c, weights = model.config, {k: v.detach().float().contiguous() for k, v in model.state_dict().items()}
     if c.embedding == "norm":
         raise UserError("--export: LLaMA has no norm after the embedding (this run has --embedding=norm)")
@@ -101,18 +102,21 @@ def export(model, folder, length, tokenizer):
               "mlp_bias": False, "tie_word_embeddings": False, "initializer_range": 0.02, "torch_dtype": "float32",
               "bos_token_id": None, "eos_token_id": tokenizer.eos, "pad_token_id": None}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
-    if tokenizer.path:
-        export_tokenizer(tokenizer, folder)
+    if not tokenizer.path:
+        print(f"the tokenizer is not copied: it is tiktoken's {tokenizer.name}")
+    elif not export_tokenizer(tokenizer, folder):
+        print("tokenizer.model is copied, without a tokenizer.json: only those that data/prepare.py trains get one")
 
 
 def export_tokenizer(tokenizer, folder):
-    """The .model file; of a BPE that data/prepare.py trained also tokenizer.json, which gives the same ids."""
+    """The .model file; if data/prepare.py trained it also a tokenizer.json that gives the same ids, and then True."""
     shutil.copy(tokenizer.path, folder / "tokenizer.model")
     sp = tokenizer.sp
     pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
     rank = {p: i for i, p in enumerate(pieces) if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i))}
-    if sp.unk_id() < 0 or not all(sp.get_score(i) == int(sp.get_score(i)) for i in rank.values()):
-        return  # no BPE, whose scores are ranks
+    scores = [sp.get_score(i) for i in rank.values()]
+    if sp.encode_as_pieces("a")[0].startswith("▁") or any(score != int(score) for score in scores):
+        return False  # it puts a space before the text, or is no BPE, whose scores are ranks
     ways = sorted((-sp.get_score(i), p[:k], p[k:]) for p, i in rank.items() for k in range(1, len(p))
                   if p[:k] in rank and p[k:] in rank)
     kinds = [(i, p, sp.is_control(i) or sp.is_unknown(i)) for i, p in enumerate(pieces)
@@ -130,6 +134,7 @@ def export_tokenizer(tokenizer, folder):
     (folder / "tokenizer_config.json").write_text(json.dumps({
         "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
         "eos_token": sp.id_to_piece(sp.eos_id()), "unk_token": sp.id_to_piece(sp.unk_id())}))
+    return True
 
 
 def read_safetensors(path):
@@ -166,6 +171,8 @@ def pretrained(folder, config):
             weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
         theta = (theirs.get("rope_parameters") or theirs).get("rope_theta", 10000.0)
         weights = {k: v for k, v in weights.items() if not k.endswith("inv_freq")}  # of older exports
+        if config.embedding == "scale":  # as export() multiplied
+            weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"] / config.hidden**0.5
     except OSError as e:
         raise UserError(f"--init_from={folder}: {e.filename}: {e.strerror}: give a folder in Hugging Face's LLaMA "
                         "format, with config.json and model.safetensors") from None

@@ -57,11 +57,15 @@ class Run:
 
     def start(self, args, mark=""):
         """Run train.py; what it says goes to the terminal, and if it fails its reason into `error`."""
-        threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs // args.nproc))} if args.jobs > 1 else {}
+        more = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "270"}  # torchrun's patience with a run that saves, in seconds
+        if args.jobs > 1:
+            more["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // args.jobs // args.nproc))
         reason = ""
         with subprocess.Popen([sys.executable, *self.command(args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              text=True, env={**os.environ, **threads}) as process:
+                              text=True, env={**os.environ, **more}) as process:
             RUNNING.append(process)
+            if STOPPED:
+                process.terminate()
             for line in process.stdout:
                 print(f"   {mark} {line}", end="", flush=True)
                 if line.startswith("train.py: ") or not reason.startswith("train.py: "):
@@ -120,11 +124,12 @@ def gap_to(adam, run):
 
 
 FAILED = {}  # folder: why, of the runs that failed under this command; they are not started again
-RUNNING = []  # their processes
+RUNNING, STOPPED = [], []  # the processes of runs; the signal that came
 
 
 def stop(*_):
     """On SIGTERM, which unlike Ctrl-C comes to this process alone: pass it on, so that the runs save."""
+    STOPPED.append(True)
     for process in RUNNING:
         process.terminate()
     raise KeyboardInterrupt

@@ -11,14 +11,13 @@ results/SCALE/NAME.md, .json and .png. A run is one call of train.py in a folder
 settings, so finished runs are not repeated and killed ones go on where they stopped.
 """
 import argparse
-import json
 import math
 import statistics
 import sys
 from pathlib import Path
 
 from diagnostics import frequency_groups
-from loader import token_counts
+from loader import DataError, read_meta, token_counts
 from sweep import (LADDER, Page, Run, execute, gap_to, largest_stable, markdown, number, percent, plus_minus, publish,
                    seeds, tune, verdict)
 
@@ -330,6 +329,9 @@ def thresholds(args):
     from model import SIZES, Config
     s, models, axes = method("Adam", args).settings, list(SIZES), ("lr", "update_clip", "token_clip")
     size, steps, i = s["batch_size"] // 2, s["steps"] // 2, models.index(s["model"])
+    if steps < 8 or size // 4 < args.nproc:
+        sys.exit(f"tables.py: half of {s['steps']} steps and of {s['batch_size']} sequences is too little to divide "
+                 f"by 4 on {args.nproc} processes: give more --steps or a larger --batch_size")
     base = {**batch_of(size, s, args), "steps": steps, "eval_every": steps // 2}
     points = [{"model": models[k]} for k in (i - 1, i + 1) if 0 <= k < len(models)]
     points += [batch_of(n, s, args) for n in (size // 4, 4 * size)]
@@ -343,7 +345,7 @@ def thresholds(args):
     rows = [run.row() | {"best": run.out in {best.out for best in found}} for run in every]
     table = markdown(("model", "sequences a batch", "steps", "validation loss", "best lr", "update clip", "token clip"),
                      [(run.settings["model"], str(run.settings["batch_size"]), str(run.settings["steps"]), run.verdict,
-                       *(f"{run.settings[k]:g}" for k in axes)) for run in found])
+                       *(number(run.settings[k], "g") for k in axes)) for run in found])
 
     def draw(panels):
         looks = {"hidden size": lambda s: Config.named(s["model"], 8).hidden,
@@ -365,7 +367,7 @@ def frequency(args):
     """Paper B's figure 1 with clipped SGD as one more optimizer; the runs are those of gap."""
     counts = token_counts(args.data, shape(args)[0])
     if counts is None and not args.dry:
-        sys.exit(f"tables.py: {args.data}/token_counts.npy is missing: prepare the data again")
+        raise DataError(f"{args.data}/token_counts.npy is missing: make another data directory with data/prepare.py")
     best = {name: search(name, args)[0] for name in ("Adam", "SGD with momentum", "clipped SGD")}
     more = []
     for weighting in ("inv_sqrt", "inv"):
@@ -376,6 +378,8 @@ def frequency(args):
     execute([run for runs in found.values() for run in runs], args)
     if args.dry:
         return None
+    for run in (run for runs in found.values() for run in runs if run.evals and "group_losses" not in run.evals[0]):
+        sys.exit(f"tables.py: {run.out} was run before there were groups: delete it")
 
     def loss(run, i, when=-1):
         """Of group i, or of all tokens if i is None; None if the run did not end well, or no target is of the group."""
@@ -412,9 +416,9 @@ def frequency(args):
         axes[0].set_ylabel("validation loss of the group (nats per token)")
         axes[0].legend()
     return Page(table, rows, [run for runs in found.values() for run in runs] + more,
-                "Ten groups of tokens, each a tenth of the training text, from frequent (1, dark) to rare (10, pale); "
-                f"seed {found['Adam'][0].settings['seed']} is drawn. Paper B: SGD hardly learns the rare groups, "
-                f"Adam all. Here group 10's loss falls by {told} nats.", draw, (1, 3))
+                "Ten groups of tokens, each about a tenth of the training text, from frequent (1, dark) to rare (10, "
+                f"pale); seed {found['Adam'][0].settings['seed']} is drawn. Paper B: SGD hardly learns the rare groups,"
+                f" Adam all. Here group 10's loss falls by {told} nats.", draw, (1, 3))
 
 
 def spikes(args):
@@ -438,24 +442,28 @@ def spikes(args):
                       ", ".join(str(len(run.spikes)) for run in last) or "-", f"{least}{top:g}" if top else "-"))
     table = markdown(("method", "arm", "validation loss (spikes) by learning rate", "best", "loss at other seeds",
                       "spikes at them", "largest stable"), lines)
-    rows = [run.row(best["Adam", arm]) | {"arm": arm, "role": role, "spikes": run.spikes}
-            for role, some in (("grid", grid), ("seed", again)) for (_, arm), runs in some.items() for run in runs]
+    rows = [run.row(best["Adam", arm]) | {"arm": arm, "role": "grid", "spikes": run.spikes}
+            for (_, arm), runs in grid.items() for run in runs]
+    rows += [run.row(adam) | {"arm": arm, "role": "seed", "spikes": run.spikes} for (_, arm), runs in again.items()
+             for adam, run in zip(again.get(("Adam", arm), [None] * len(runs)), runs)]
 
     def draw(axes):
         for column, name in zip(axes.T, names):
             for arm, (_, line) in ARMS.items():
                 plot_by_lr(column[0], grid[name, arm], line, arm)
                 color, dash, mark = line
-                column[1].plot([run.settings["lr"] for run in grid[name, arm]],
-                               [len(run.spikes) for run in grid[name, arm]], dash, color=color, marker=mark)
+                good = [run for run in grid[name, arm] if run.loss < math.inf]
+                column[1].plot([run.settings["lr"] for run in good], [len(run.spikes) for run in good], dash,
+                               color=color, marker=mark)
             column[0].set(title=name, xscale="log")
             column[1].set(xscale="log", xlabel="peak learning rate (x: diverged)")
         axes[0, 0].set_ylabel("final validation loss (nats)")
         axes[1, 0].set_ylabel("spikes of the gradient norm")
         axes[0, 0].legend(fontsize=8)
     return Page(table, rows, every + [run for runs in again.values() for run in runs],
-                "Paper C's arms: the initial weights of this repo, and its small sub-layers without and with a larger "
-                "shortcut. A spike is above 5 times the median norm of the 100 steps before.", draw, (2, 3))
+                "Paper C's arms: the initial weights of this repo; its small sub-layers (Vanilla), with a tenth of the "
+                "embedding's gradient (Detach), with a large shortcut (LN, Scaled). A spike is above 5 times the "
+                "median norm of the 100 steps before.", draw, (2, 3))
 
 
 # ---- before anything is run -----------------------------------------------------------------------------------------
@@ -477,8 +485,7 @@ def memory(s, vocab, length, gpu=True):
 
 def shape(args):
     """Vocabulary and length: the data's, or where there is none yet the paper's."""
-    meta = Path(args.data) / "meta.json"
-    found = json.loads(meta.read_text()) if meta.exists() else {"vocab_size": 32000, "seq_len": 256}
+    found = read_meta(args.data) if Path(args.data).is_dir() else {"vocab_size": 32000, "seq_len": 256}
     return found["vocab_size"], found["seq_len"]
 
 
@@ -552,9 +559,14 @@ def main():
     args.override = {name: value(text) for name, _, text in (word.removeprefix("--").partition("=") for word in other)}
     if not all(word.startswith("--") and "=" in word for word in other) or {"lr", "out", "seed"} & set(args.override):
         parser.error(f"{' '.join(other)}: give train.py's settings as --name=value; lr, seed and out are the table's")
-    if args.scale != "nano" and args.name != "cost" and not args.dry and args.override.get("device") != "cpu":
-        check_memory(args)
-    page = ARTEFACTS[args.name](args)
+    try:
+        if args.scale != "nano" and args.name != "cost" and not args.dry and args.override.get("device") != "cpu":
+            check_memory(args)
+        page = ARTEFACTS[args.name](args)
+    except DataError as e:
+        sys.exit(f"tables.py: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)
     if args.name == "cost":
         return
     if args.dry:

@@ -37,8 +37,8 @@ from run import Folder, Log, UserError, World, describe
 @dataclass
 class Settings:
     out: str = ""                      # folder of this run; the run that it holds is continued
-    data: str = "data/python"          # data directory, made by data/prepare.py
-    model: str = "nano"                # nano, 60m, 130m, 350m or 1b; the vocabulary is the data's
+    data: str = "data/python"          # data directory, made by data/prepare.py, or a folder of llm.c's shards
+    model: str = "nano"                # micro, nano, mini, 60m, 130m, 350m or 1b; the vocabulary is the data's
     embedding: str | None = None       # detach, norm or scale: what is done to the embedding's output; or none
     init: str | None = None            # small: weights sqrt(2/5d), those out of sub-layers / sqrt(2 layers); none: 0.02
     init_from: str | None = None       # start from the weights of this folder, in Hugging Face's LLaMA format; or none
@@ -204,7 +204,8 @@ def train(s):
     weights = None
     if s.loss_weighting:
         if counts is None:
-            raise UserError(f"--loss_weighting={s.loss_weighting} needs {s.data}/token_counts.npy: prepare it again")
+            raise UserError(f"--loss_weighting={s.loss_weighting} needs {s.data}/token_counts.npy: make another data "
+                            "directory with data/prepare.py")
         pi = counts.double() / counts.sum()
         weights = (pi ** {"inv": -1, "inv_sqrt": -0.5}[s.loss_weighting]).where(counts > 0, 0)
         weights = (weights / (pi * weights).sum()).float().to(device)
@@ -212,7 +213,7 @@ def train(s):
     # model and optimizer; the weights are drawn on the CPU, so that a seed means the same everywhere
     torch.manual_seed(s.seed)
     model = LLaMA(Config.named(s.model, valid.vocab_size, embedding=s.embedding, init=s.init)).to(device)
-    if s.init_from and not (Path(s.out) / "ckpt.pt").exists():
+    if s.init_from and not world.first((Path(s.out) / "ckpt.pt").exists):
         from sample import pretrained  # no other run needs the tokenizers' packages
         world.first(lambda: pretrained(s.init_from, model.config) and None)
         model.load_state_dict(pretrained(s.init_from, model.config))
@@ -227,6 +228,7 @@ def train(s):
     if final := folder.claim(describe(s, world)):
         return log.say(f"{s.out} is finished: {final['status']}, validation loss {final['val_loss']}")
     start, seconds, loss = folder.load(model, optimizer)
+    log.start_wandb()
     if not (Path(s.data) / "meta.json").exists():
         log.say(f"{s.data} has no meta.json: taken for llm.c's shards, in GPT-2's vocabulary of {valid.vocab_size:,}, "
                 f"in sequences of {valid.seq_len}")

@@ -51,11 +51,12 @@ def test_draws_follow_the_model(run):
         assert seen.count(i) / 300 == pytest.approx(q, abs=0.1)
     assert set(seen) <= set(top.indices.tolist())
     assert list(generate(model, ids, 5, 32, 0)) == list(generate(model, ids, 5, 32, 1, 1))
-    long = list(generate(model, ids * 40, 5, 32, 0))  # longer than the window
-    assert len(long) == 5 and list(generate(model, ids, 9, 32, 0, stop=long[0]))[-1:] != []
+    greedy = list(generate(model, ids * 40, 9, 32, 0))  # the prompt is longer than the window
+    assert len(greedy) == 9
+    assert list(generate(model, ids * 40, 9, 32, 0, stop=greedy[2])) == greedy[:greedy.index(greedy[2]) + 1]
 
 
-def test_the_way_to_hugging_face_and_back(run, hf, stream, rows, tmp_path):
+def test_the_way_to_hugging_face_and_back(run, hf, stream, tmp_path):
     model = load(run)[0]
     back = LLaMA(model.config)
     back.load_state_dict(pretrained(hf, model.config))
@@ -63,6 +64,10 @@ def test_the_way_to_hugging_face_and_back(run, hf, stream, rows, tmp_path):
     train.train(train.parse(settings(data=stream, out=tmp_path / "on", init_from=hf)))
     last = [x for x in metrics(run) if "val_tokens" in x][-1]
     assert metrics(tmp_path / "on")[0]["val_loss"] == pytest.approx(last["val_loss"], rel=1e-6)
+    scaled = LLaMA(Config.named("nano", 500, embedding="scale"))
+    export(scaled, tmp_path / "scaled", 32, Tokenizer(read_meta(stream), stream))
+    again = pretrained(tmp_path / "scaled", scaled.config)
+    assert all(torch.allclose(again[k], v) for k, v in scaled.state_dict().items())
 
 
 @pytest.mark.parametrize("embedding", [None, "scale", "detach"])
@@ -102,7 +107,7 @@ def load_loss(hf, batch):
     return model(batch[:, :-1], batch[:, 1:]).item() / batch[:, 1:].numel()
 
 
-def test_what_is_refused(run, hf, stream, tmp_path, capsys):
+def test_what_is_refused(run, hf, stream, tmp_path):
     one_line(python(SAMPLE, f"--ckpt={tmp_path}"), tmp_path, "config.json")
     model = LLaMA(Config.named("nano", 500, embedding="norm"))
     with pytest.raises(UserError, match="--embedding=norm"):

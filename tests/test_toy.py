@@ -87,9 +87,10 @@ def test_rank_correlation_and_the_search():
 
     def make():
         return toy.Softmax(*toy.softmax_data(3))
-    best = toy.best_step(make, rule, start, 30)
+    best, _, total, _ = toy.best_step(make, rule, start, 30)
+    assert toy.best_step(make, rule, 1e4, 30)[0] == best  # from where all diverge, too
     at = {lr: toy.descend(make(), rule, lr, 30)[0][-1] for lr in [best, *toy.below(toy.LADDER, best), *toy.above(toy.LADDER, best)]}
-    assert min(at, key=at.get) == best and toy.descend(make(), rule, 1e4, 30)[0][-1] == math.inf
+    assert min(at, key=at.get) == best and at[best] == total[-1] and toy.descend(make(), rule, 1e4, 30)[0][-1] == math.inf
 
 
 def test_the_pages_of_a_small_size(tmp_path, monkeypatch):

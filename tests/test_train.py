@@ -283,7 +283,8 @@ def test_a_slurm_job_saves_and_queues_itself_again(stream, tmp_path):
     """With stand-ins for Slurm's commands; the job, torchrun and the run are real."""
     bin = tmp_path / "repo" / ".venv" / "bin"
     bin.mkdir(parents=True)
-    for name, body in {"srun": 'exec "$@"', "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+    for name, body in {"srun": f'echo $$ > {tmp_path}/pid; exec "$@"', "scancel": f'kill -"${{1#*=}}" $(cat {tmp_path}/pid)',
+                       "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
                        "scontrol": f'[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> {tmp_path}/said'}.items():
         (bin / name).write_text(f"#!/bin/sh\n{body}\n")
         (bin / name).chmod(0o755)
@@ -298,13 +299,13 @@ def test_a_slurm_job_saves_and_queues_itself_again(stream, tmp_path):
                                 cwd=tmp_path / "repo", env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     first = job(5000)
     wait_for(out, 3, first)
-    first.terminate()
+    first.send_signal(signal.SIGUSR1)
     said = result(first).stdout
     assert "the same command goes on" in said and (tmp_path / "said").read_text() == "requeue 7\n"
     at = metrics(out)[-1]["step"]
     second = job(5000)
     wait_for(out, at + 1, second)
-    second.terminate()
+    second.send_signal(signal.SIGUSR1)
     assert f"from step {at}" in result(second).stdout
     bad = job(0)
     assert result(bad).returncode != 0 and (tmp_path / "said").read_text() == "requeue 7\n" * 2
