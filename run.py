@@ -269,6 +269,8 @@ class Log:
     def final(self, status, step, loss, seconds):
         self.folder.append([{"final": True, "status": status, "step": step, "val_loss": loss,
                              "seconds": round(seconds, 1)}])
+        if self.wandb is not None:
+            self.wandb.finish()
         self.say(f"{status} at step {step} after {clock(seconds)}" + (f", validation loss {loss:.4f}" if loss else ""))
 
     def head(self, step):

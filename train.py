@@ -316,6 +316,8 @@ def main():
         sys.exit("train.py: the GPU's memory is full: lower --micro_batch")
     if dist.is_initialized():
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)  # gloo's threads may still hold tensors, and abort while Python goes down (pytorch issue 179291)
 
 
 if __name__ == "__main__":

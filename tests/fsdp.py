@@ -1,4 +1,5 @@
 """Under torchrun: ClippedSGD on FSDP2's sharded parameters takes the steps that it takes on whole ones."""
+import os
 import sys
 from pathlib import Path
 
@@ -37,8 +38,11 @@ def main():
         assert one == two
         for name, p in whole.items():
             torch.testing.assert_close(sharded[name].full_tensor(), p.detach(), rtol=1e-5, atol=1e-6)
-    print("equal", dist.get_world_size())
+    if dist.get_rank() == 0:
+        print("equal", dist.get_world_size())
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # as train.py
 
 
 if __name__ == "__main__":
