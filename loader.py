@@ -95,7 +95,7 @@ def token_counts(folder, vocab_size):
         counts = np.load(path)  # refuses pickles
         if counts.shape != (vocab_size,) or counts.dtype.kind not in "iu" or counts.min() < 0 or not counts.any():
             raise ValueError(f"{counts.dtype} {list(counts.shape)}")
-    except (ValueError, EOFError) as e:
+    except Exception as e:  # NumPy fails in many ways
         raise DataError(f"{path} does not hold {vocab_size} counts ({e}): prepare the data again") from None
     return torch.from_numpy(counts.astype(np.int64))
 
