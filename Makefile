@@ -17,7 +17,7 @@ help:  ## this list
 demo: $(NEED)  ## Adam, SGD and clipped SGD side by side: a table and a picture in ten minutes
 	$(TABLES) demo
 
-gap: $(NEED)  ## five methods, each at its best settings, SEEDS seeds: the gap to Adam with its interval; three hours
+gap: $(NEED)  ## five methods, each at its best settings, SEEDS seeds: the gap to Adam with its interval; two hours
 
 lr: $(NEED)  ## the loss against the learning rate, the largest that each method bears: an hour
 
@@ -38,7 +38,7 @@ cost: .venv/installed  ## what one run of SCALE takes: parameters, FLOPs, memory
 gap lr ablation batch dynamics thresholds frequency spikes cost:
 	$(TABLES) $@
 
-toy: .venv/installed  ## softmax regression with imbalanced classes: why Adam beats gradient descent; three minutes
+toy: .venv/installed  ## softmax regression with imbalanced classes: why Adam beats gradient descent; two minutes
 	$(PY) toy.py
 
 mnist: .venv/installed data/mnist  ## the same in images: MNIST with barcodes, a class for each; hours, or minutes on a GPU
@@ -47,10 +47,10 @@ mnist: .venv/installed data/mnist  ## the same in images: MNIST with barcodes, a
 bench: $(DATA)  ## speed and memory beside peers (.venv/bin/pip install transformers: one more): a quarter of an hour
 	$(PY) bench.py --model=$(SCALE) --data=$(DATA)
 
-drill: .venv/installed  ## faults and damaged files: what is done, what survives, what is lost; a quarter of an hour
+drill: .venv/installed  ## faults and damaged files: what is done, what survives, what is lost; ten minutes
 	$(PY) tests/drill.py
 
-test: .venv/installed  ## the tests: two minutes
+test: .venv/installed  ## the tests: three minutes
 	@$(MAKE) --no-print-directory -j2 test-runs test-rest
 test-runs:
 	@$(PY) -m pytest -q --disable-warnings tests/test_train.py
