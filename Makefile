@@ -29,7 +29,7 @@ dynamics: $(NEED)  ## norms, ratios, imbalance, spikes along training, in small 
 
 thresholds: $(NEED)  ## how the best clips move with the width, the batch and the number of steps: an hour
 
-frequency: $(NEED)  ## the loss of ten groups of tokens, frequent to rare, along training; shares gap's runs; half an hour more
+frequency: $(NEED)  ## the loss of ten groups of tokens, frequent to rare, along training; shares gap's runs
 
 spikes: $(NEED)  ## Spike No More's models over learning rates: spikes, loss, the largest that each bears; two hours
 

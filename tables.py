@@ -368,13 +368,7 @@ def frequency(args):
     counts = token_counts(args.data, shape(args)[0])
     if counts is None and not args.dry:
         raise DataError(f"{args.data}/token_counts.npy is missing: make another data directory with data/prepare.py")
-    best = {name: search(name, args)[0] for name in ("Adam", "SGD with momentum", "clipped SGD")}
-    more = []
-    for weighting in ("inv_sqrt", "inv"):
-        best[f"SGD with momentum, {weighting}"], tried = search("SGD with momentum", args, axes=False,
-                                                                loss_weighting=weighting)
-        more += tried
-    found = {name: seeds(run, args, first=1) for name, run in best.items()}
+    found = {name: seeds(search(name, args)[0], args, first=1) for name in ("Adam", "SGD with momentum", "clipped SGD")}
     execute([run for runs in found.values() for run in runs], args)
     if args.dry:
         return None
@@ -399,23 +393,24 @@ def frequency(args):
     lines.append(("all", f"{len(group):,}", *(verdict(runs) for runs in found.values()), closed(None)))
     table = markdown(("group, frequent to rare", "token classes", *found, "of the gap between SGD with momentum and "
                       "Adam, clipped SGD closes"), lines)
-    rows = [run.row(adam) | {"name": name, "group_losses": run.evals[-1].get("group_losses") if run.evals else None}
-            for name, runs in found.items() for adam, run in zip(found["Adam"], runs)]
+    rows = [run.row(adam) | {"group_losses": run.evals[-1]["group_losses"] if run.evals else None}
+            for runs in found.values() for adam, run in zip(found["Adam"], runs)]
     told = ", ".join(plus_minus([None if None in ends else ends[0] - ends[1] for run in runs for ends in [
-        (loss(run, 9, 0), loss(run, 9))]], ".2f") + f" ({name})" for name, runs in list(found.items())[:3])
+        (loss(run, 9, 0), loss(run, 9))]], ".2f") + f" ({name})" for name, runs in found.items())
 
     def draw(axes):
-        for each, (name, runs) in zip(axes, list(found.items())[:3]):
+        top = max(x or 0 for runs in found.values() for line in runs[0].evals for x in line["group_losses"])
+        for each, (name, runs) in zip(axes, found.items()):
             if not runs[0].evals:  # it failed
                 continue
             for i in range(10):
                 seen = [x for x in runs[0].evals if x["group_losses"][i] is not None]
                 each.plot([x["step"] for x in seen], [x["group_losses"][i] for x in seen], color=str(0.08 * i),
                           label=f"group {i + 1}" if i in (0, 9) else None, linewidth=2 if i in (0, 9) else 1)
-            each.set(title=name, xlabel="step", ylim=(0, max(x for x in runs[0].evals[0]["group_losses"] if x) * 1.1))
+            each.set(title=name, xlabel="step", ylim=(0, 1.05 * top))
         axes[0].set_ylabel("validation loss of the group (nats per token)")
         axes[0].legend()
-    return Page(table, rows, [run for runs in found.values() for run in runs] + more,
+    return Page(table, rows, [run for runs in found.values() for run in runs],
                 "Ten groups of tokens, each about a tenth of the training text, from frequent (1, dark) to rare (10, "
                 f"pale); seed {found['Adam'][0].settings['seed']} is drawn. Paper B: SGD hardly learns the rare groups,"
                 f" Adam all. Here group 10's loss falls by {told} nats.", draw, (1, 3))
