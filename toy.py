@@ -232,7 +232,7 @@ def softmax(args):
             each.set(xscale="log", title=f"{name}, {lr:.3g}", xlabel="step + 1", ylim=(0, 1.3 * total[0]))
         axes[0, 0].set_ylabel("loss (nats)")
         axes[1, 0].set_ylabel("loss (nats)")
-        axes[0, 0].legend(fontsize=7)
+        axes[0, 0].figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=8)
     slow, fast = max(fall["GD"], fall["normalised GD"]), min(fall["sign"], fall["Adam"])
     return Page(table, rows, [], f"Softmax regression with 2^i classes of 2^(m-i) samples, m = {args.m}: loss by "
                 f"frequency of the class (panels are cut at the top), {args.steps} full-batch steps at the best step "
@@ -371,7 +371,7 @@ def quadratic(args, c=1000):
                 each.plot(path[:, k - 1].abs(), "-" if name == "GD" else "--", color=str(0.8 * i / len(ks)),
                           label=f"k = {k}")
             each.set(title=f"{name}, step size {lrs[name]:.3g}", xlabel="step", ylabel="|w_k|")
-        axes[0].legend(fontsize=8, loc="center right")
+        axes[1].legend(fontsize=8)  # all lines there are one
     return Page(table, rows, [], f"The quadratic sum of pi_k w_k^2 / 2 with pi_k ~ 1/k, {c} coordinates, {steps} steps "
                 "from w = 1. Paper B: GD contracts coordinate k by 1 - lr pi_k a step, sign descent's step does not "
                 f"depend on pi. Here GD leaves {rows[-1]['GD']:.0%} of coordinate {c}, sign descent "
