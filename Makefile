@@ -60,7 +60,7 @@ test-rest:
 data/python: .venv/installed  ## the embedded corpus: the source of Python's own standard library
 	$(PY) data/prepare.py python --out=$@
 
-data/mnist: .venv/installed  ## the four files of MNIST, downloaded
+data/mnist: | .venv/installed  ## the four files of MNIST, downloaded
 	$(PY) data/prepare.py mnist --out=$@
 
 data/c4:
