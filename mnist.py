@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from loader import DataError
 from run import hardware
 from sweep import Page, markdown, number, write
-from toy import RULES, agree, best_step, descend, finite
+from toy import RULES, agree, best_step, finite
 
 # The paper's step sizes at 10 bits; at fewer the search starts there, and for clipped SGD always [ours].
 STEPS = {"GD": 10**-1.5, "GD, momentum": 10**-2, "normalised GD": 1.0, "normalised GD, momentum": 1.0,
@@ -91,7 +91,7 @@ class Barcoded:
             part = F.cross_entropy(self.net(x[:, None].float() / 255), y, reduction="none")
             (part.sum() / len(self.X)).backward()
             losses.append(part.detach())
-        return torch.cat(losses),
+        return torch.cat(losses)
 
     @torch.no_grad()
     def error(self, images, labels):
@@ -123,14 +123,9 @@ def mnist(args):
         return Barcoded(*data, args.device, 100 if args.device == "cpu" else 10_000)
     found = {}
     for name, start in STEPS.items():
-        rule, papers = RULES[name][0], args.bits == 10 and name != "clipped SGD"
-        if papers:
-            lr, model = start, make()
-            total, groups = descend(model, rule, lr, args.steps, looks)
-        else:
-            lr, model, total, groups = best_step(make, rule, start, args.steps, looks)
-        found[name] = lr, total, torch.stack(groups), model.error(*test)
-        print(f"{name}: step size {lr:.3g}, loss {total[-1]:.4f}", flush=True)
+        papers = args.bits == 10 and name != "clipped SGD"
+        lr, model, total, groups = best_step(name, make, RULES[name][0], start, args.steps, looks, search=not papers)
+        found[name] = lr, total, groups, model.error(*test)
     fall = {name: (1 - groups[-1] / groups[0]).tolist() for name, (_, _, groups, _) in found.items()}
     rows = [{"method": name, "step_size": lr, "loss": finite(total[-1]), "old": groups[-1][0].item(),
              "new": groups[-1][1].item(), "new_at_start": groups[0][1].item(), "test_error": error}

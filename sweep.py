@@ -55,11 +55,12 @@ class Run:
         return [*(torchrun if args.nproc > 1 else []), os.path.relpath(HERE / "train.py"),
                 *(f"--{k}={'none' if v is None else v}" for k, v in {**self.settings, "out": self.out}.items())]
 
-    def start(self, args, mark=""):
-        """Run train.py; what it says goes to the terminal, and if it fails its reason into `error`."""
+    def start(self, args, jobs=1, mark=""):
+        """Run train.py on a share of the cores; what it says goes to the terminal, and if it fails its reason into
+        `error`."""
         more = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "270"}  # torchrun's patience with a run that saves, in seconds
-        if args.jobs > 1:
-            more["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // args.jobs // args.nproc))
+        if jobs > 1:
+            more["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // jobs // args.nproc))
         reason = ""
         with subprocess.Popen([sys.executable, *self.command(args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               text=True, env={**os.environ, **more}) as process:
@@ -139,14 +140,14 @@ def execute(runs, args):
     """Run what has not run yet, and say which of how many and how long it will take. A run that fails stops nothing,
     but settings that train.py refuses stop everything."""
     todo = list({run.out: run for run in runs if not run.read() and run.out not in FAILED}.values())
-    began, done = time.monotonic(), []
+    jobs, began, done = min(args.jobs, len(todo)), time.monotonic(), []
 
     def go(item):
         i, run = item
         left = (time.monotonic() - began) / len(done) * (len(todo) - len(done)) / 60 if done else None
         print(f"[{i}/{len(todo)}] {run.label}, {run.tuned}, seed {run.settings['seed']}"
               + (f", about {left:.0f} min left" if done else ""), flush=True)
-        status = run.start(args, f"{i}|" if args.jobs > 1 else "")
+        status = run.start(args, jobs, f"{i}|" if jobs > 1 else "")
         done.append(run)
         if run.error:
             FAILED[run.out] = run.error

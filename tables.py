@@ -369,11 +369,11 @@ def frequency(args):
     if counts is None and not args.dry:
         raise DataError(f"{args.data}/token_counts.npy is missing: make another data directory with data/prepare.py")
     found = {name: seeds(search(name, args)[0], args, first=1) for name in ("Adam", "SGD with momentum", "clipped SGD")}
-    execute([run for runs in found.values() for run in runs], args)
+    every = execute([run for runs in found.values() for run in runs], args)
     if args.dry:
         return None
-    for run in (run for runs in found.values() for run in runs if run.evals and "group_losses" not in run.evals[0]):
-        sys.exit(f"tables.py: {run.out} was run before there were groups: delete it")
+    if old := [str(run.out) for run in every if run.evals and "group_losses" not in run.evals[0]]:
+        sys.exit(f"tables.py: {', '.join(old)}: run before there were groups of tokens: delete it")
 
     def loss(run, i, when=-1):
         """Of group i, or of all tokens if i is None; None if the run did not end well, or no target is of the group."""
@@ -410,7 +410,7 @@ def frequency(args):
             each.set(title=name, xlabel="step", ylim=(0, 1.05 * top))
         axes[0].set_ylabel("validation loss of the group (nats per token)")
         axes[0].legend()
-    return Page(table, rows, [run for runs in found.values() for run in runs],
+    return Page(table, rows, every,
                 "Ten groups of tokens, each about a tenth of the training text, from frequent (1, dark) to rare (10, "
                 f"pale); seed {found['Adam'][0].settings['seed']} is drawn. Paper B: SGD hardly learns the rare groups,"
                 f" Adam all. Here group 10's loss falls by {told} nats.", draw, (1, 3))

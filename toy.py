@@ -5,7 +5,7 @@
     python toy.py hessian        # the gradient against the Hessian, class by class
     python toy.py quadratic      # the weighted quadratic, against its closed form
     python toy.py rates          # the two rates of the theory
-    python toy.py softmax --m=11 # the paper's size (2.1 GiB of inputs)
+    python toy.py softmax --m=11 # the paper's size (2.1 GiB of inputs); for a GPU
 
 Everything is full batch and deterministic. The question that is new here: does clipping the rows of the gradient do to
 rare classes what sign descent does? Each writes results/toy/NAME.md, .json and .png.
@@ -29,7 +29,7 @@ SEED = 0
 # ---- the data -------------------------------------------------------------------------------------------------------
 
 @functools.cache
-def softmax_data(m, seed=SEED):
+def softmax_data(m, device="cpu", seed=SEED):
     """Balanced inputs, imbalanced classes: group i = 0 ... m-1 has 2^i classes of 2^(m-i) samples each.
 
     Returns X [n, d] ~ U[0, 1], labels [n] int64 independent of X, and the group of each class [c] int64, with
@@ -37,7 +37,8 @@ def softmax_data(m, seed=SEED):
     """
     group = torch.cat([torch.full((2**i,), i) for i in range(m)])
     labels = torch.arange(len(group)).repeat_interleave(2 ** (m - group))
-    return torch.rand(m * 2**m, (m + 1) * 2**m, generator=torch.Generator().manual_seed(seed)), labels, group
+    X = torch.rand(m * 2**m, (m + 1) * 2**m, generator=torch.Generator().manual_seed(seed))
+    return X.to(device), labels.to(device), group.to(device)
 
 
 class Softmax:
@@ -51,8 +52,8 @@ class Softmax:
         n, d = X.shape
         self.X, self.labels, self.group, self.classes = X, labels, group, len(group)
         bound, draw = d**-0.5, torch.Generator().manual_seed(SEED)
-        self.W = torch.empty(len(group), d).uniform_(-bound, bound, generator=draw)
-        self.b = torch.empty(len(group)).uniform_(-bound, bound, generator=draw)
+        self.W = torch.empty(len(group), d).uniform_(-bound, bound, generator=draw).to(X.device)
+        self.b = torch.empty(len(group)).uniform_(-bound, bound, generator=draw).to(X.device)
         weights = torch.bincount(labels).float()[labels] ** -weighting
         self.weights = weights / weights.sum()
 
@@ -67,18 +68,17 @@ class Softmax:
         return (norm.squeeze(1) - logits.gather(1, self.labels[:, None]).squeeze(1)), (logits - norm).exp()
 
     def gradients(self):
-        """Sets W.grad and b.grad; returns the losses of the samples [n] and the probabilities [n, c]."""
-        losses, p = self.look()
-        g = p.clone()
+        """Sets W.grad and b.grad; returns the losses of the samples [n]."""
+        losses, g = self.look()
         g[torch.arange(len(g)), self.labels] -= 1
         g *= self.weights[:, None]
         self.W.grad, self.b.grad = g.T @ self.X, g.sum(0)
-        return losses, p
+        return losses
 
     def by_group(self, losses):
         """The mean loss of the samples of each group [m]."""
         which = self.group[self.labels]
-        return torch.zeros(int(self.group.max()) + 1).index_add_(0, which, losses) / which.bincount()
+        return (which.bincount(losses) / which.bincount()).float().cpu()
 
     def hessian_traces(self, p):
         """Trace of the diagonal Hessian block of each class's row, [c]: mean over n of p_nc (1 - p_nc) ||x_n||^2."""
@@ -147,7 +147,7 @@ def descend(model, rule, lr, steps, looks=()):
     of `looks`; infinite losses from the step on where it left twice the loss of a uniform guess (as train.py)."""
     optimizer, total, groups = rule(model, lr), [], []
     for step in range(steps + 1):
-        losses = model.gradients()[0]
+        losses = model.gradients()
         total.append(losses.mean().item())
         if not total[-1] < 2 * math.log(model.classes):
             return total + [math.inf] * (steps - step), groups + [model.by_group(losses)] * (len(looks) - len(groups))
@@ -158,10 +158,11 @@ def descend(model, rule, lr, steps, looks=()):
     return total, groups
 
 
-def best_step(make, rule, start, steps, looks=()):
-    """The best step size of the ladder by the final loss, found from `start`: both neighbours of it are worse. make()
-    is a model at its start, with parameters(), gradients(), by_group() and `classes` as Softmax has them. Returns the
-    step size, the model at its end, and what descend() gave."""
+def best_step(name, make, rule, start, steps, looks=(), search=True):
+    """The best step size of the ladder by the final loss, found from `start`: both neighbours of it are worse. Or
+    `start` itself, without a search. make() is a model at its start, with parameters(), gradients(), by_group() and
+    `classes` as Softmax has them. Says what it found; returns the step size, the model at its end, the mean losses
+    [steps + 1] and the groups' [len(looks), m]."""
     known = {}
 
     def final(lr):
@@ -169,12 +170,14 @@ def best_step(make, rule, start, steps, looks=()):
             model = make()
             known[lr] = model, *descend(model, rule, lr, steps, looks)
         return known[lr][1][-1]
-    best = min(LADDER, key=lambda lr: abs(math.log(lr / start)))
-    while final(best) == math.inf and below(LADDER, best):
+    best = min(LADDER, key=lambda lr: abs(math.log(lr / start))) if search else start
+    while search and final(best) == math.inf and below(LADDER, best):
         best, = below(LADDER, best)
-    while final(near := min(below(LADDER, best) + above(LADDER, best), key=final)) < final(best):
+    while search and final(near := min(below(LADDER, best) + above(LADDER, best), key=final)) < final(best):
         best = near
-    return best, *known[best]
+    print(f"{name}: step size {best:.3g}, loss {final(best):.4f}", flush=True)
+    model, total, groups = known[best]
+    return best, model, total, torch.stack(groups) if groups else None
 
 
 def finite(x):
@@ -189,20 +192,15 @@ def log_steps(steps, n=40):
 # ---- artefacts ------------------------------------------------------------------------------------------------------
 
 @functools.cache
-def solve(m, steps, name, weighting=0.0):
+def solve(m, steps, name, weighting=0.0, device="cpu"):
     """A rule at its best step size: that, the mean losses [steps + 1], the groups' [looks, m] at log_steps(steps)."""
-    def make():
-        return Softmax(*softmax_data(m), weighting)
     rule, start = RULES[name]
     start = WEIGHTED.get(weighting, {}).get(name, start)
-    known = m == 11 and steps == (500 if weighting else 1000) and name not in list(RULES)[-2:]
+    papers = m == 11 and steps == (500 if weighting else 1000) and name not in list(RULES)[-2:]
     fewer = 12 * 2**11 / ((m + 1) * 2**m)  # inputs than at m = 11, so that steps can be as many times longer
-    if known:
-        lr, (total, groups) = start, descend(make(), rule, start, steps, log_steps(steps))
-    else:
-        lr, _, total, groups = best_step(make, rule, start * fewer, steps, log_steps(steps))
-    print(f"{name}: step size {lr:.3g}, loss {total[-1]:.4f}", flush=True)
-    return lr, total, torch.stack(groups)
+    lr, _, total, groups = best_step(name, lambda: Softmax(*softmax_data(m, device), weighting), rule, start * fewer,
+                                     steps, log_steps(steps), search=not papers)
+    return lr, total, groups
 
 
 def agree(ok):
@@ -210,7 +208,7 @@ def agree(ok):
 
 
 def softmax(args):
-    found, looks = {name: solve(args.m, args.steps, name) for name in RULES}, log_steps(args.steps)
+    found, looks = {name: solve(args.m, args.steps, name, device=args.device) for name in RULES}, log_steps(args.steps)
     first, last = 0, args.m - 1
     lines, rows, fall = [], [], {}
     for name, (lr, total, groups) in found.items():
@@ -245,7 +243,7 @@ def softmax(args):
 
 def reweighted(args):
     names = ("GD", "GD, momentum", "Adam, beta1 0", "Adam", "clipped SGD")
-    found = {label: {name: solve(args.m, args.steps, name, a) for name in names}
+    found = {label: {name: solve(args.m, args.steps, name, a, args.device) for name in names}
              for label, a in (("plain", 0.0), ("1/sqrt(pi)", 0.5), ("1/pi", 1.0))}
     rows = [{"method": name, "weights": label, "step_size": lr, "loss": finite(total[-1]),
              "groups": groups[-1].tolist()}
@@ -288,26 +286,29 @@ def log_correlation(x, y, group):
 
 
 def hessian(args):
-    data, times = softmax_data(args.m), (0, 1, 5, 10, 50, 100)
+    data, times = softmax_data(args.m, args.device), (0, 1, 5, 10, 50, 100)
+    group = data[2].cpu()
     paths = {}
     for name in ("Adam", "GD"):
-        lr = RULES[name][1] if args.m == 11 else solve(args.m, args.steps, name)[0]
+        lr = RULES[name][1] if args.m == 11 else solve(args.m, args.steps, name, device=args.device)[0]
         model = Softmax(*data)
         optimizer, seen = RULES[name][0](model, lr), {}
         for t in range(max(times) + 1):
-            _, p = model.gradients()
+            model.gradients()
             if t in times:
-                x, y = torch.linalg.vector_norm(model.W.grad, dim=1), model.hessian_traces(p)
-                classes = torch.linspace(0, len(model.group) - 1, 40).round().long()
-                blocks = model.hessian_block_traces(p, classes).abs()
+                _, p = model.look()
+                x, y = torch.linalg.vector_norm(model.W.grad, dim=1).cpu(), model.hessian_traces(p).cpu()
+                classes = torch.linspace(0, len(group) - 1, 40).round().long()
+                blocks = model.hessian_block_traces(p, classes.to(p.device)).abs().cpu()
                 off = blocks[~torch.eye(40, dtype=torch.bool)]
                 mirror = copy.copy(model)  # the same data
                 mirror.W, mirror.b = -model.W, -model.b
-                _, mirrored = mirror.gradients()
-                a, b = torch.linalg.vector_norm(mirror.W.grad, dim=1), mirror.hessian_traces(mirrored)
+                mirror.gradients()
+                a = torch.linalg.vector_norm(mirror.W.grad, dim=1).cpu()
+                b = mirror.hessian_traces(mirror.look()[1]).cpu()
                 seen[t] = {"gradient": x, "trace": y, "ranks": rank_correlation(x, y),
                            "ranks_mirrored": rank_correlation(a, b),
-                           "logs": log_correlation(x, y, data[2]), "mirrored": log_correlation(a, b, data[2]),
+                           "logs": log_correlation(x, y, group), "mirrored": log_correlation(a, b, group),
                            "blocks": (blocks.diagonal().median() / off.median()).item()}
             optimizer.step()
         paths[name] = lr, seen
@@ -325,7 +326,7 @@ def hessian(args):
     def draw(axes):
         for line, (name, (_, seen)) in zip(axes, paths.items()):
             for each, (t, look) in zip(line, seen.items()):
-                dots = each.scatter(look["gradient"], look["trace"], c=data[2], s=8, cmap="viridis")
+                dots = each.scatter(look["gradient"], look["trace"], c=group, s=8, cmap="viridis")
                 each.set(xscale="log", yscale="log", title=f"{name}, t = {t}: {look['logs']:+.2f}")
                 each.xaxis.set_minor_formatter("")
             line[0].set_ylabel("trace of the class's Hessian block")
@@ -440,6 +441,7 @@ def main():
     parser.add_argument("name", nargs="*", metavar="name", help=f"{', '.join(ARTEFACTS)}; none: all")
     parser.add_argument("--m", type=int, default=7, choices=range(3, 13), metavar="M", help="groups of classes [7]")
     parser.add_argument("--steps", type=int, help="[1000 at m = 11, the paper's, else 200, ours]")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     args.steps = args.steps or (1000 if args.m == 11 else 200)
     torch.set_flush_denormal(True)  # probabilities below 1e-38 are slow, and nothing here

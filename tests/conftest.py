@@ -1,15 +1,19 @@
 import gzip
 import json
+import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 TINY = {"batch_size": 8, "steps": 12, "eval_every": 6, "eval_tokens": 500, "log_every": 3, "save_every": 4, "compile": "false"}
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def documents(n=400, seed=0):
@@ -44,6 +48,38 @@ def metrics(out):
     """The lines of a run's metrics.jsonl, without what the clock says."""
     lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in ("tok_per_s", "seconds")} for line in lines]
+
+
+def launch(*words, processes=1, restarts=0, **options):
+    """Start train.py, under torchrun if it is to have several processes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", f"--max_restarts={restarts}"]
+    return subprocess.Popen([sys.executable, *(torchrun if processes > 1 else []), str(ROOT / "train.py"), *words],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD, **options)
+
+
+def result(process):
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def run(*words, **options):
+    return result(launch(*words, **options))
+
+
+def wait_for(out, step, process):
+    """Until the run has written the line of a step, or is over."""
+    path, began = out / "metrics.jsonl", time.monotonic()
+    while process.poll() is None and not (path.exists() and f'"step": {step},' in path.read_text()):
+        if time.monotonic() - began > 60:
+            raise TimeoutError(f"{out}: no step {step}")
+        time.sleep(0.01)
+
+
+def same_end(a, b):
+    """Whether two runs left the same lines and, bit for bit, the same weights and optimizer."""
+    x, y = (torch.load(out / "ckpt.pt", weights_only=True) for out in (a, b))
+    leaves = zip(*(torch.utils._pytree.tree_leaves([z["step"], z["model"], z["optimizer"]]) for z in (x, y)), strict=True)
+    return metrics(a) == metrics(b) and all(torch.equal(p, q) if torch.is_tensor(p) else p == q for p, q in leaves)
 
 
 def one_line(process, *words):

@@ -24,100 +24,72 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from conftest import ROOT, documents, metrics, prepare, settings, write_jsonl
+from conftest import ROOT, documents, launch, prepare, result, same_end, settings, wait_for, write_jsonl
 
-SCRIPT = ROOT / "train.py"
 SETTINGS = dict(steps=30, eval_every=10, save_every=1, log_every=1)  # saving is half of the time
 
 
 # ---- faults ---------------------------------------------------------------------------------------------------------
 
-def launch(out, data, processes=1, restarts=0, **options):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", f"--max_restarts={restarts}"]
-    return subprocess.Popen([sys.executable, *(torchrun if processes > 1 else []), SCRIPT,
-                             *settings(out=out, data=data, **SETTINGS)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+def start(out, data, **options):
+    return launch(*settings(out=out, data=data, **SETTINGS), **options)
 
 
-def finish(process):
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
+def ends_well(out, data):
+    return result(start(out, data)).returncode == 0
 
 
-def state(out):
-    return torch.load(out / "ckpt.pt", weights_only=True)
-
-
-def same(a, b):
-    """Whether two runs left the same lines and the same bits."""
-    x, y = state(a), state(b)
-    tensors = zip(torch.utils._pytree.tree_leaves([x["model"], x["optimizer"]]),
-                  torch.utils._pytree.tree_leaves([y["model"], y["optimizer"]]), strict=True)
-    return metrics(a) == metrics(b) and all(torch.equal(p, q) if torch.is_tensor(p) else p == q for p, q in tensors)
-
-
-def wait(out, step, process):
-    """Until the run has written the line of a step."""
-    while process.poll() is None:
-        path = out / "metrics.jsonl"
-        if path.exists() and f'"step": {step},' in path.read_text():
-            return
-        time.sleep(0.01)
-
-
-def killed(out, data, seconds, number=signal.SIGKILL):
-    """Within the first four fifths of its steps, or once in ten times while it starts."""
-    process = launch(out, data)
-    if random.random() > 0.1:
-        wait(out, random.randrange(0, 25), process)
-        time.sleep(random.uniform(0, 0.1))
-    else:
-        time.sleep(random.uniform(0, seconds / 4))
-    struck = process.poll() is None
-    process.send_signal(number)
-    finish(process)
-    return struck and finish(launch(out, data))[0] == 0
-
-
-def terminated(out, data, seconds):
-    return killed(out, data, seconds, signal.SIGTERM)
+def struck_by(number):
+    """Signal `number` within the first four fifths of a run's steps, or once in ten times while it starts."""
+    def fault(out, data, seconds):
+        process = start(out, data)
+        if random.random() > 0.1:
+            wait_for(out, random.randrange(0, 25), process)
+            time.sleep(random.uniform(0, 0.1))
+        else:
+            time.sleep(random.uniform(0, seconds / 4))
+        struck = process.poll() is None
+        process.send_signal(number)
+        result(process)
+        return struck and ends_well(out, data)
+    return fault
 
 
 def rank_killed(out, data, seconds):
-    process = launch(out, data, processes=2, restarts=1)
-    wait(out, random.randrange(1, 20), process)
+    process = start(out, data, processes=2, restarts=1)
+    wait_for(out, random.randrange(1, 20), process)
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(random.choice(workers)), signal.SIGKILL)
-    return finish(process)[0] == 0
+    return result(process).returncode == 0
 
 
 def disk_full(out, data, seconds):
     """No file may grow beyond a random size, less than a checkpoint's 7.5 MB."""
     limit = random.randrange(1_000, 7_000_000)
-    status, _, err = finish(launch(out, data, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))))
-    return status != 0 and "make room" in err and "Traceback" not in err and finish(launch(out, data))[0] == 0
+    full = result(start(out, data, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))))
+    return full.returncode != 0 and "make room" in full.stderr and "Traceback" not in full.stderr and ends_well(out, data)
 
 
 def shard_changed(out, data, seconds):
     shard = shutil.copytree(data, out.parent / f"{out.name}-data") / "train_000000.bin"
     good, about = shard.read_bytes(), shard.stat()
-    process = launch(out, shard.parent)
-    wait(out, 5, process)
+    process = start(out, shard.parent)
+    wait_for(out, 5, process)
     shard.write_bytes(good[:len(good) // 2])
-    status, _, err = finish(process)
+    cut = result(process)
     shard.write_bytes(good)
     os.utime(shard, ns=(about.st_atime_ns, about.st_mtime_ns))
-    return status != 0 and "was changed" in err and finish(launch(out, shard.parent))[0] == 0
+    return cut.returncode != 0 and "was changed" in cut.stderr and ends_well(out, shard.parent)
 
 
 def two_at_once(out, data, seconds):
-    first, second = launch(out, data), launch(out, data)
-    ends = [finish(first), finish(second)]
-    refused = [err for status, _, err in ends if status]
+    both = [start(out, data), start(out, data)]
+    refused = [done.stderr for done in map(result, both) if done.returncode]
     return len(refused) == 1 and "another process is at work" in refused[0]
 
 
-FAULTS = {"SIGKILL at a random moment": (killed, 1), "SIGTERM at a random moment": (terminated, 1),
+FAULTS = {"SIGKILL at a random moment": (struck_by(signal.SIGKILL), 1),
+          "SIGTERM at a random moment": (struck_by(signal.SIGTERM), 1),
           "one rank of two killed, torchrun restarts": (rank_killed, 0.15), "no room for a file to grow": (disk_full, 0.25),
           "a shard cut in half under the run": (shard_changed, 0.15), "two runs in one folder": (two_at_once, 0.15)}
 
@@ -126,19 +98,19 @@ def faults(folder, data, times):
     """Prints the table; returns how many runs were lost."""
     whole, pair = folder / "whole", folder / "pair"
     began = time.monotonic()
-    assert finish(launch(whole, data))[0] == 0
+    assert ends_well(whole, data)
     seconds = time.monotonic() - began
-    assert finish(launch(pair, data, processes=2))[0] == 0
+    assert result(start(pair, data, processes=2)).returncode == 0
     print("| fault | times | survived | lost |\n| --- | --- | --- | --- |", flush=True)
     lost = 0
-    for name, (fault, share) in FAULTS.items():
+    for i, (name, (fault, share)) in enumerate(FAULTS.items()):
         ok, n = 0, max(1, round(share * times))
-        for i in range(n):
-            out = folder / f"{fault.__name__}-{i}"
-            if fault(out, data, seconds) and same(out, pair if fault is rank_killed else whole):
+        for j in range(n):
+            out = folder / f"{i}-{j}"
+            if fault(out, data, seconds) and same_end(out, pair if fault is rank_killed else whole):
                 ok += 1
             else:
-                print(f"lost: {out}", file=sys.stderr)
+                print(f"lost: {name}, the {j + 1}th of {n}", file=sys.stderr)
         lost += n - ok
         print(f"| {name} | {n} | {ok} | {n - ok} |", flush=True)
     return lost

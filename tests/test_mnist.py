@@ -44,7 +44,7 @@ def test_barcodes_classes_and_counts(folder):
 
 def test_gradients_in_parts_are_autograds(folder):
     model = mnist.Barcoded(*mnist.barcoded(*mnist.read_mnist(folder, "train"), bits=1), rows=7)
-    losses = model.gradients()[0]
+    losses = model.gradients()
     grads = [p.grad.clone() for p in model.parameters()]
     model.net.zero_grad()
     torch.nn.functional.cross_entropy(model.net(model.X[:, None] / 255.0), model.labels).backward()

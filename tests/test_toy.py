@@ -31,7 +31,7 @@ def test_gradients_are_autograds(a):
     weights = pi**-a / (pi**-a).sum()
     W, b = model.W.clone().requires_grad_(), model.b.clone().requires_grad_()
     loss(model, W, b, weights).backward()
-    losses, _ = model.gradients()
+    losses = model.gradients()
     torch.testing.assert_close(model.W.grad, W.grad)
     torch.testing.assert_close(model.b.grad, b.grad)
     assert model.by_group(losses).mean().item() == pytest.approx(losses.mean().item())  # groups of equal mass
@@ -87,15 +87,15 @@ def test_rank_correlation_and_the_search():
 
     def make():
         return toy.Softmax(*toy.softmax_data(3))
-    best, _, total, _ = toy.best_step(make, rule, start, 30)
-    assert toy.best_step(make, rule, 1e4, 30)[0] == best  # from where all diverge, too
+    best, _, total, _ = toy.best_step("GD", make, rule, start, 30)
+    assert toy.best_step("GD", make, rule, 1e4, 30)[0] == best  # from where all diverge, too
     at = {lr: toy.descend(make(), rule, lr, 30)[0][-1] for lr in [best, *toy.below(toy.LADDER, best), *toy.above(toy.LADDER, best)]}
     assert min(at, key=at.get) == best and at[best] == total[-1] and toy.descend(make(), rule, 1e4, 30)[0][-1] == math.inf
 
 
 def test_the_pages_of_a_small_size(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args = SimpleNamespace(m=3, steps=8)
+    args = SimpleNamespace(m=3, steps=8, device="cpu")
     for name in ("softmax", "hessian", "reweighted"):
         page = toy.ARTEFACTS[name](args)
         toy.write(tmp_path / name, page, page.caption, "here", "test")
