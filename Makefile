@@ -7,11 +7,11 @@ NPROC ?= 1
 JOBS ?= 1
 PY := .venv/bin/python
 NEED := .venv/installed $(if $(DRY),,$(DATA))
-TABLES := $(PY) tables.py --scale=$(SCALE) --data=$(DATA) --seeds=$(SEEDS) --nproc=$(NPROC) --jobs=$(JOBS) $(if $(DRY),--dry)
+TABLES := $(PY) tables.py --scale=$(SCALE) --data=$(DATA) --seeds=$(SEEDS) --nproc=$(NPROC) --jobs=$(JOBS) $(if $(DRY),--dry) $(FLAGS)
 
 help:  ## this list
 	@echo "Targets (times: two CPU cores). SCALE=60m and so on, DATA=data directory, SEEDS=runs each, NPROC=processes of a"
-	@echo "run, JOBS=runs at a time, DRY=1 to see the commands only, PYTHON=interpreter."
+	@echo "run, JOBS=runs at a time, FLAGS=settings of train.py for all, DRY=1 to see the commands only, PYTHON=interpreter."
 	@awk -F ':.*## ' '/^[a-z\/]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(NEED)  ## Adam, SGD and clipped SGD side by side: a table and a picture in ten minutes

@@ -289,7 +289,7 @@ def hardware():
     """The processor's name, and how many threads PyTorch uses of it."""
     cpuinfo = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    return f"{cpu[1] if cpu else platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{cpu[1] if cpu else platform.machine()}, {(n := torch.get_num_threads())} thread{'s' * (n > 1)}"
 
 
 def describe(settings, world):

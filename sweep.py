@@ -326,14 +326,17 @@ def write(stem, page, caption, source, command, more={}):
     import matplotlib.pyplot as plt
     stem.parent.mkdir(parents=True, exist_ok=True)
     rows, columns = page.panels
-    figure, axes = plt.subplots(rows, columns, figsize=(7, 4.5) if columns == 1 else (4 * columns, 4 * rows),
-                                layout="constrained")
-    page.draw(axes)
-    for each in figure.axes:
-        each.grid(alpha=0.3)
-    figure.suptitle(caption, fontsize=9, wrap=True)
-    figure.savefig(f"{stem}.png", dpi=150 if columns < 3 else 100)
-    plt.close(figure)
+    narrow, size = columns > 3, (7, 4.5)
+    if columns > 1:  # at most as wide as a page can show and still be read
+        size = min(4 * columns, 12), (3 if narrow else 4) * rows
+    with plt.rc_context({"font.size": 8 if narrow else 10}):
+        figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained")
+        page.draw(axes)
+        for each in figure.axes:
+            each.grid(alpha=0.3)
+        figure.suptitle(caption, fontsize=9, wrap=True)
+        figure.savefig(f"{stem}.png", dpi=150 if columns < 3 else 120)
+        plt.close(figure)
     Path(f"{stem}.md").write_text(f"{caption}\n\n{page.table}\n\n`{command}`; {source}\n")
     Path(f"{stem}.json").write_text(json.dumps({"command": command, **more, "rows": page.rows}, indent=1,
                                                allow_nan=False) + "\n")

@@ -230,7 +230,7 @@ def softmax(args):
             each.set(xscale="log", title=f"{name}, {lr:.3g}", xlabel="step + 1", ylim=(0, 1.3 * total[0]))
         axes[0, 0].set_ylabel("loss (nats)")
         axes[1, 0].set_ylabel("loss (nats)")
-        axes[0, 0].figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=8)
+        axes[0, 0].figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=7)
     slow, fast = max(fall["GD"], fall["normalised GD"]), min(fall["sign"], fall["Adam"])
     return Page(table, rows, [], f"Softmax regression with 2^i classes of 2^(m-i) samples, m = {args.m}: loss by "
                 f"frequency of the class (panels are cut at the top), {args.steps} full-batch steps at the best step "

@@ -185,3 +185,32 @@ def test_sharded_by_fsdp2_the_steps_are_the_same():
     done = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "tests" / "fsdp.py",
                   env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and done.stdout == "equal 2\n", done.stdout + done.stderr
+
+
+def test_accelerate_takes_the_steps_that_it_takes_alone():
+    """Prepared, with gradients accumulated over two micro-batches and a scheduler, in its ordinary loop."""
+    accelerate = pytest.importorskip("accelerate", reason="pip install accelerate")
+    batches = torch.randint(50, (6, 2, 4, 9), generator=torch.Generator().manual_seed(0))  # 6 steps of 2 parts of 4 x 9
+    ends = []
+    for prepare in (False, True):
+        torch.manual_seed(0)
+        model = LLaMA(Config.named("micro", 50))
+        optimizer = build("clipped_sgd", model, 100.0)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
+        if prepare:
+            helper = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+            model, optimizer, scheduler = helper.prepare(model, optimizer, scheduler)
+        for x in batches.flatten(0, 1) if prepare else []:
+            with helper.accumulate(model):
+                helper.backward(model(x[:, :-1], x[:, 1:]))
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+        for parts in [] if prepare else batches:
+            for x in parts:
+                (model(x[:, :-1], x[:, 1:]) / 2).backward()
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        ends.append(model)
+    assert all(torch.equal(a, b) for a, b in zip(ends[0].parameters(), ends[1].parameters(), strict=True))

@@ -2,6 +2,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 import train
-from conftest import ONE_THREAD, ROOT, TINY, launch, metrics, one_line, result, run, same_end, settings, wait_for
+from conftest import (ONE_THREAD, ROOT, TINY, launch, metrics, one_line, python, result, run, same_end, settings,
+                      wait_for)
 from diagnostics import Probe, frequency_groups
 from loader import Batches, Sequences, eval_blocks
 from model import Config, LLaMA
@@ -143,6 +145,24 @@ def test_the_baselines_learn(optimizer, more, stream, tmp_path):
     here(data=stream, out=tmp_path, optimizer=optimizer, **more)
     losses = [x["train_loss"] for x in metrics(tmp_path) if "train_loss" in x]
     assert losses[-1] < losses[0] - 0.1 and not any("clipped_rows" in x for x in metrics(tmp_path))
+
+
+def test_the_readmes_exercise_adds_an_optimizer(stream, tmp_path):
+    """Its lines, put where it says, into a copy of the code."""
+    code = re.search(r"```python\n(class Signum.*?)\n\n( +if name.*?)  # in build\n(.*?)\n\n(.*?)  # in USES",
+                     (ROOT / "README.md").read_text(), re.S)
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    for name, old, new in (("optim.py", "def build(", f"{code[1]}\n\n\ndef build("),
+                           ("optim.py", "    raise ValueError(f\"no optimizer", f"{code[2]}\n{code[3]}\n    raise ValueError(f\"no optimizer"),
+                           ("train.py", "USES = {", f"USES = {{{code[4]}, ")):
+        text = (tmp_path / name).read_text()
+        assert text.count(old) == 1
+        (tmp_path / name).write_text(text.replace(old, new))
+    done = python(tmp_path / "train.py", *settings(data=stream, out=tmp_path / "run", optimizer="signum", lr=1e-2, momentum=0.5))
+    assert done.returncode == 0, done.stderr
+    first, *_, last = [x["val_loss"] for x in metrics(tmp_path / "run") if "val_tokens" in x]
+    assert last < first - 0.5
 
 
 def test_grad_clip_bounds_what_the_optimizer_sees(stream, tmp_path):
