@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from loader import DataError
 from run import hardware
 from sweep import Page, markdown, number, write
-from toy import RULES, agree, best_step, finite
+from toy import RULES, agree, best_step, finite, step_sizes
 
 # The paper's step sizes at 10 bits; at fewer the search starts there, and for clipped SGD always [ours].
 STEPS = {"GD": 10**-1.5, "GD, momentum": 10**-2, "normalised GD": 1.0, "normalised GD, momentum": 1.0,
@@ -123,12 +123,12 @@ def mnist(args):
         return Barcoded(*data, args.device, 100 if args.device == "cpu" else 10_000)
     found = {}
     for name, start in STEPS.items():
-        papers = args.bits == 10 and name != "clipped SGD"
-        lr, model, total, groups = best_step(name, make, RULES[name][0], start, args.steps, looks, search=not papers)
+        search = args.bits < 10 or name == "clipped SGD"
+        lr, model, total, groups = best_step(name, make, RULES[name][0], start, args.steps, looks, search)
         found[name] = lr, total, groups, model.error(*test)
     fall = {name: (1 - groups[-1] / groups[0]).tolist() for name, (_, _, groups, _) in found.items()}
-    rows = [{"method": name, "step_size": lr, "loss": finite(total[-1]), "old": groups[-1][0].item(),
-             "new": groups[-1][1].item(), "new_at_start": groups[0][1].item(), "test_error": error}
+    rows = [{"method": name, "step_size": lr, "loss": finite(total[-1]), "old": finite(groups[-1][0].item()),
+             "new": finite(groups[-1][1].item()), "new_at_start": groups[0][1].item(), "test_error": error}
             for name, (lr, total, groups, error) in found.items()]
     table = markdown(("method", "step size", "loss", "ten digits", "barcoded classes", "fall of the barcoded",
                       "error on the test digits"),
@@ -146,9 +146,10 @@ def mnist(args):
     slow, fast = max(fall["GD"][1], fall["normalised GD"][1]), min(fall["sign"][1], fall["Adam"][1])
     n, classes = len(data[0]), int(data[1].max()) + 1
     return Page(table, rows, [], f"Barcoded MNIST, {args.bits} bits: {n:,} images of {classes:,} classes, {args.steps} "
-                "full-batch steps of a CNN, one run each. Paper B (10 bits): GD does not learn the rare classes, sign "
-                f"descent and Adam do. Here their loss falls by at most {slow:.0%} under GD and normalised GD, by at "
-                f"least {fast:.0%} under sign descent and Adam: {agree(slow < 0.5 < fast)}. Clipped SGD, which the "
+                f"full-batch steps of a CNN, one run each, at {step_sizes(args.bits == 10)}. Paper B (10 bits): GD "
+                "does not learn the rare classes, sign descent and Adam do. Here their loss falls by at most "
+                f"{slow:.0%} under GD and normalised GD, by at least {fast:.0%} under sign descent and Adam: "
+                f"{agree(slow < 0.5 < fast)}. Clipped SGD, which the "
                 f"paper does not have: {fall['clipped SGD'][1]:.0%}.", draw, (3, 3))
 
 
@@ -168,7 +169,7 @@ def main():
         sys.exit(f"mnist.py: {e}")
     size = f"-bits{args.bits}" * (args.bits != 4)
     write(Path(f"results/toy/mnist{size}"), page, page.caption,
-          f"{hardware() if args.device == 'cpu' else torch.cuda.get_device_name()}; torch {torch.__version__}; "
+          f"{hardware(args.device)}; torch {torch.__version__}; "
           f"{time.strftime('%Y-%m-%d')}; {time.perf_counter() - began:.0f} s",
           f"python mnist.py --bits={args.bits} --steps={args.steps}")
 

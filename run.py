@@ -36,6 +36,9 @@ class World:
         cuda = device == "cuda" or device == "auto" and torch.cuda.is_available()
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
         if cuda:
+            if self.device.index >= torch.cuda.device_count():
+                raise UserError(f"process {self.rank} has no GPU, there are {torch.cuda.device_count()} on this node: "
+                                "as many for --nproc_per_node, or --device=cpu")
             torch.cuda.set_device(self.device)
         if self.size > 1:
             # torchrun keeps its store over --max_restarts, and in it the addresses of the dead (pytorch issue 167288).
@@ -285,8 +288,10 @@ def clock(seconds):
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}".removeprefix("0:")
 
 
-def hardware():
-    """The processor's name, and how many threads PyTorch uses of it."""
+def hardware(device="cpu"):
+    """The name of a GPU, or the processor's and how many threads PyTorch uses of it."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
     return f"{cpu[1] if cpu else platform.machine()}, {(n := torch.get_num_threads())} thread{'s' * (n > 1)}"
@@ -300,7 +305,6 @@ def describe(settings, world):
     except OSError:  # no git here
         commit = ""
     return {"settings": asdict(settings),
-            "device": torch.cuda.get_device_name() if world.device.type == "cuda" else hardware(),
-            "world_size": world.size,
+            "device": hardware(world.device), "world_size": world.size,
             "git_commit": commit or "unknown", "started": time.strftime("%Y-%m-%d %H:%M:%S"),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}

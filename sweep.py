@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import statistics
@@ -55,13 +56,12 @@ class Run:
         return [*(torchrun if args.nproc > 1 else []), os.path.relpath(HERE / "train.py"),
                 *(f"--{k}={'none' if v is None else v}" for k, v in {**self.settings, "out": self.out}.items())]
 
-    def start(self, args, jobs=1, mark=""):
-        """Run train.py on a share of the cores; what it says goes to the terminal, and if it fails its reason into
-        `error`."""
+    def start(self, args, mark=""):
+        """Run train.py; what it says goes to the terminal, and if it fails its reason into `error`."""
         more = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "270"}  # torchrun's patience with a run that saves, in seconds
-        if jobs > 1:
-            more["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // jobs // args.nproc))
-        reason = ""
+        if args.jobs > 1:
+            more["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // args.jobs // args.nproc))
+        reason, told = "", 0  # the last of its most telling lines: its own word, else an exception, else any
         with subprocess.Popen([sys.executable, *self.command(args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               text=True, env={**os.environ, **more}) as process:
             RUNNING.append(process)
@@ -69,10 +69,11 @@ class Run:
                 process.terminate()
             for line in process.stdout:
                 print(f"   {mark} {line}", end="", flush=True)
-                if line.startswith("train.py: ") or not reason.startswith("train.py: "):
-                    reason = line.strip().replace("|", "/")
+                tells = 2 if line.startswith("train.py: ") else bool(re.match(r"(\[\w+\]: )?[\w.]*Error: .", line))
+                if tells >= told:
+                    reason, told = line.strip().replace("|", "/"), tells
         if process.returncode or not self.read():
-            self.error = reason or f"exit status {process.returncode}"
+            self.error = f"{reason} (exit status {process.returncode})"
             print(f"   {mark} FAILED: {self.error}", file=sys.stderr)
         return process.returncode
 
@@ -93,7 +94,7 @@ class Run:
 
     @property
     def tuned(self):
-        return ", ".join(f"{k} {self.settings[k]:g}" for k in self.axes if isinstance(self.settings.get(k), float))
+        return ", ".join(f"{k} {self.settings[k]:g}" for k in self.axes if self.settings.get(k) is not None)
 
     @property
     def tok_per_s(self):
@@ -138,20 +139,25 @@ def stop(*_):
 
 def execute(runs, args):
     """Run what has not run yet, and say which of how many and how long it will take. A run that fails stops nothing,
-    but settings that train.py refuses stop everything."""
+    but settings that train.py refuses (by its exit status; torchrun has its own) stop everything."""
     todo = list({run.out: run for run in runs if not run.read() and run.out not in FAILED}.values())
-    jobs, began, done = min(args.jobs, len(todo)), time.monotonic(), []
+    began, done, refused = time.monotonic(), [], []
 
     def go(item):
         i, run = item
+        if refused:
+            return
         left = (time.monotonic() - began) / len(done) * (len(todo) - len(done)) / 60 if done else None
         print(f"[{i}/{len(todo)}] {run.label}, {run.tuned}, seed {run.settings['seed']}"
               + (f", about {left:.0f} min left" if done else ""), flush=True)
-        status = run.start(args, jobs, f"{i}|" if jobs > 1 else "")
+        status = run.start(args, f"{i}|" if args.jobs > 1 else "")
         done.append(run)
         if run.error:
             FAILED[run.out] = run.error
-        return status
+        if status == 2:
+            refused.append(run)
+            for process in RUNNING:
+                process.terminate()
     if args.dry:
         for run in todo:
             print(shlex.join(["python", *run.command(args)]))
@@ -159,13 +165,12 @@ def execute(runs, args):
         signal.signal(signal.SIGTERM, stop)
         with ThreadPoolExecutor(args.jobs) as pool:
             try:
-                for status in pool.map(go, enumerate(todo, 1)):
-                    if status == 2:
-                        pool.shutdown(cancel_futures=True)
-                        sys.exit(2)
+                list(pool.map(go, enumerate(todo, 1)))
             except KeyboardInterrupt:  # the runs know, and are saving
                 pool.shutdown(cancel_futures=True)
                 sys.exit(130)
+        if refused:
+            sys.exit(2)
     for run in runs:  # the same run may be there twice
         run.read()
         run.error = FAILED.get(run.out)
@@ -216,16 +221,16 @@ def tune(make, axes, args):
 
 def largest_stable(make, args):
     """The largest learning rate of the ladder at which make(lr=...) does not diverge, found down or up from its own,
-    and all runs that this took."""
+    and all runs that this took. Without one, or if a run on the way failed, the end."""
     tried = down(make, execute([make()], args)[0], args)
-    run = tried[-1]
-    while run.final and (higher := above(LADDER, run.settings["lr"])):
-        up = execute([make(lr=higher[0])], args)[0]
-        tried.append(up)
-        if up.loss == math.inf:
-            break
-        run = up
-    return run.settings["lr"], tried
+    up = LADDER if not tried[0].diverged else ()  # what is above one that came down from a divergence has diverged
+    while tried[-1].loss < math.inf and (higher := above(up, tried[-1].settings["lr"])):
+        tried += execute([make(lr=higher[0])], args)
+    good = [run.settings["lr"] for run in tried if run.loss < math.inf]
+    if not args.dry and (not good or any(run.error for run in tried)):
+        sys.exit(f"tables.py: the largest stable learning rate of {tried[-1].label} is not known: at "
+                 f"{tried[-1].settings['lr']:g} it {tried[-1].verdict}")
+    return max(good, default=tried[0].settings["lr"]), tried
 
 
 def seeds(run, args, first=0):
@@ -256,8 +261,13 @@ def plus_minus(values, form):
 def verdict(runs):
     """The losses of runs that differ by the seed, as text; how many did not end well, if any, and how."""
     bad = [run for run in runs if run.loss == math.inf]
+    if bad and len(runs) > 1:
+        steps = sorted(run.final["step"] for run in bad if run.diverged)
+        said = [f"diverged at step {'-'.join(map(str, sorted({steps[0], steps[-1]})))}"] if steps else []
+        said += dict.fromkeys(run.verdict for run in bad if not run.diverged)
+        return f"{len(bad)} of {len(runs)}: {'; '.join(said)}"
     if bad:
-        return bad[0].verdict if len(runs) == 1 else f"{len(bad)} of {len(runs)}: {bad[0].verdict}"
+        return bad[0].verdict
     return plus_minus([run.loss for run in runs], ".3f")
 
 

@@ -7,8 +7,7 @@
     python tables.py demo --steps=400              # any setting of train.py, for all runs
 
 Each artefact is a function: it names its runs, takes their results and returns a `Page`, which lands in
-results/SCALE/NAME.md, .json and .png. A run is one call of train.py in a folder under runs/ named by all of its
-settings, so finished runs are not repeated and killed ones go on where they stopped.
+results/SCALE/NAME.md, .json and .png. Running, searching and statistics are sweep.py's.
 """
 import argparse
 import math
@@ -32,11 +31,12 @@ SCALES = {
 }
 LARGE = {"eval_tokens": 10_000_000, "save_every": 500, "micro_batch": 32}  # beyond nano
 
-# `start` is where the search for the best settings begins, `paper` what the paper has at a scale, `axes` what is
-# searched beside lr: thresholds in steps of sqrt(10) too, so that no method is tuned more finely than another.
+# `start` is where the search for the best settings begins, `at` where it does at a scale (of clipped SGD the paper's),
+# `axes` what is searched beside lr: thresholds in steps of sqrt(10) too, so that no method is tuned more finely than
+# another, but for the paper's own values where they lie between.
 METHODS = {
     "Adam": {"settings": {"optimizer": "adamw"}, "start": {"lr": 3.16e-3, "beta2": 0.95},
-             "paper": dict.fromkeys(("60m", "130m", "350m", "1b"), {"lr": 1e-3}),  # ours: the paper gives none
+             "at": dict.fromkeys(("60m", "130m", "350m", "1b"), {"lr": 1e-3}),  # ours: the paper gives none
              "axes": {"beta2": (0.9, 0.95, 0.99, 0.999)}, "line": ("#000000", "-", "o")},
     "SGD": {"settings": {"optimizer": "sgd", "momentum": 0}, "start": {"lr": 0.316},
             "axes": {}, "line": ("#e69f00", ":", "v")},
@@ -47,7 +47,7 @@ METHODS = {
                                  "line": ("#009e73", "-.", "^")},
     "clipped SGD": {"settings": {"optimizer": "clipped_sgd"},
                     "start": {"lr": 100.0, "token_clip": 1e-3, "update_clip": 5e-4},
-                    "paper": {"350m": {"lr": 200.0}, "1b": {"lr": 300.0, "update_clip": 2e-4}},
+                    "at": {"350m": {"lr": 200.0}, "1b": {"lr": 300.0, "update_clip": 2e-4}},
                     "axes": {"update_clip": (5e-5, 1.58e-4, 5e-4, 1.58e-3, 5e-3),
                              "token_clip": (1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2)}, "line": ("#0072b2", "--", "D")},
 }
@@ -67,7 +67,7 @@ def method(name, args, **changes):
     """The run of a method at this scale, from its start, with changes."""
     spec, large = METHODS[name], {} if args.scale == "nano" else LARGE
     settings = {**SCALES[args.scale], **large, "data": args.data, "seed": SEED, **spec["settings"], **spec["start"],
-                **spec.get("paper", {}).get(args.scale, {}), **args.override, **changes}
+                **spec.get("at", {}).get(args.scale, {}), **args.override, **changes}
     return Run(name, settings, ("lr", *spec["axes"]))
 
 
@@ -99,8 +99,8 @@ def demo(args):
                       marker=mark, label=f"{run.label}, lr {run.settings['lr']:g}: {run.verdict}")
         axes.set(xlabel="step", ylabel="loss (nats per token)")
         axes.legend(title="validation (pale: training)")
-    return Page(table, rows, runs, "Adam and SGD at the best learning rate that `make lr` found at nano, clipped SGD "
-                "at the paper's.", draw)
+    tuned = "the best learning rate that `make lr` found" if args.scale == "nano" else "learning rates of ours, untuned"
+    return Page(table, rows, runs, f"Adam and SGD at {tuned}, clipped SGD at the paper's.", draw)
 
 
 def gap(args):
@@ -137,7 +137,7 @@ def lr_grid(name, args, **changes):
     """Runs of a method over learning rates, from one below its start to three above."""
     centre = method(name, args).settings["lr"]
     i = min(range(len(LADDER)), key=lambda i: abs(math.log(LADDER[i] / centre)))
-    return [method(name, args, **changes, lr=value) for value in sorted({*LADDER[i - 1:i + 4], centre})]
+    return [method(name, args, **changes, lr=value) for value in (LADDER[i - 1], centre, *LADDER[i + 1:i + 4])]
 
 
 def stable(runs):
@@ -148,12 +148,12 @@ def stable(runs):
 
 
 def plot_by_lr(axes, runs, line, label):
-    """The final losses of runs against their lr, and an x at the top for each that has none."""
+    """The final losses of runs against their lr, and an x at the top for each that diverged."""
     color, dash, mark = line
     good = [run for run in runs if run.loss < math.inf]
     axes.plot([r.settings["lr"] for r in good], [r.loss for r in good], dash, color=color, marker=mark, label=label)
     for run in runs:
-        if run not in good:
+        if run.diverged:
             axes.plot(run.settings["lr"], 0.97, "x", color=color, transform=axes.get_xaxis_transform())
 
 
@@ -234,10 +234,11 @@ def ablation(args):
                 "over the run.", draw)
 
 
-def batch_of(size, s, args):
-    """The settings for another batch size: with the micro-batch of the settings s, or less where it does not fit."""
-    return {"batch_size": size} | ({"micro_batch": min(s["micro_batch"], size // args.nproc)}
-                                   if s.get("micro_batch") else {})
+def resized(s, args, batch_size, steps):
+    """What changes in the settings s for another batch size and number of steps: as many evaluations, and the same
+    micro-batch, or less where it does not fit."""
+    return {"batch_size": batch_size, "steps": steps, "eval_every": max(1, steps * s["eval_every"] // s["steps"])} | (
+        {"micro_batch": min(s["micro_batch"], batch_size // args.nproc)} if s.get("micro_batch") else {})
 
 
 def sizes(args):
@@ -249,7 +250,7 @@ def sizes(args):
         if steps == 0 or size < args.nproc:
             sys.exit(f"tables.py: {s['steps']} steps of {s['batch_size']} sequences leave no batches 4 times as large "
                      f"and 16 times as small on {args.nproc} processes: give more --steps or a larger --batch_size")
-        shapes.append({**batch_of(size, s, args), "steps": steps, "eval_every": max(1, steps // 5)})
+        shapes.append(resized(s, args, size, steps))
     return shapes
 
 
@@ -332,10 +333,10 @@ def thresholds(args):
     if steps < 8 or size // 4 < args.nproc:
         sys.exit(f"tables.py: half of {s['steps']} steps and of {s['batch_size']} sequences is too little to divide "
                  f"by 4 on {args.nproc} processes: give more --steps or a larger --batch_size")
-    base = {**batch_of(size, s, args), "steps": steps, "eval_every": steps // 2}
+    base = resized(s, args, size, steps)
     points = [{"model": models[k]} for k in (i - 1, i + 1) if 0 <= k < len(models)]
-    points += [batch_of(n, s, args) for n in (size // 4, 4 * size)]
-    points += [{"steps": n, "eval_every": n // 2} for n in (steps // 4, 4 * steps)]
+    points += [resized(s, args, n, steps) for n in (size // 4, 4 * size)]
+    points += [resized(s, args, size, n) for n in (steps // 4, 4 * steps)]
     centre, every = search("clipped SGD", args, **base)
     found = [centre]
     for changes in points:
@@ -352,7 +353,7 @@ def thresholds(args):
                  "sequences a batch": lambda s: s["batch_size"], "steps": lambda s: s["steps"]}
         for panel, (label, x) in zip(panels, looks.items()):
             line = [run.settings for run in sorted(found, key=lambda run: x(run.settings))
-                    if run is centre or x(run.settings) != x(centre.settings)]
+                    if run.loss < math.inf and (run is centre or x(run.settings) != x(centre.settings))]
             for key, dash, mark in (("update_clip", "-", "o"), ("token_clip", "--", "D")):
                 panel.plot([x(s) for s in line], [s[key] for s in line], dash, color="black", marker=mark, label=key)
             panel.set(xscale="log", yscale="log", ylim=(3e-5, 2e-2), xlabel=label, xticks=[x(s) for s in line],
@@ -418,8 +419,10 @@ def frequency(args):
 
 def spikes(args):
     """Paper C's arms over learning rates, at half of the tokens: a quarter of the batch, twice the steps."""
+    if fixed := {"embedding", "init"} & set(args.override):
+        sys.exit(f"tables.py: spikes compares models that differ by --embedding and --init: drop --{min(fixed)}")
     s = method("Adam", args).settings
-    short = {**batch_of(s["batch_size"] // 4, s, args), "steps": 2 * s["steps"], "eval_every": 2 * s["eval_every"]}
+    short = resized(s, args, s["batch_size"] // 4, 2 * s["steps"])
     names = ("Adam", "SGD with momentum", "clipped SGD")
     grid = {(name, arm): lr_grid(name, args, **short, **ARMS[arm][0]) for name in names for arm in ARMS}
     every = execute([run for runs in grid.values() for run in runs], args)
@@ -565,6 +568,8 @@ def main():
     if args.name == "cost":
         return
     if args.dry:
+        if not Path(args.data).is_dir():
+            print(f"{args.data} is not there: with it, the runs' folders have other names", file=sys.stderr)
         if args.name not in ("demo", "lr"):
             print("a search goes on from what it finds: these are the runs that it begins with", file=sys.stderr)
         return

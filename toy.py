@@ -144,13 +144,15 @@ WEIGHTED = {  # the paper's with weighted losses, at m = 11 and 500 steps
 
 def descend(model, rule, lr, steps, looks=()):
     """Run a rule from the model's start. Returns the mean loss [steps + 1] and the groups' [len(looks), m] at the steps
-    of `looks`; infinite losses from the step on where it left twice the loss of a uniform guess (as train.py)."""
+    of `looks`; from the step on where it left twice the loss of a uniform guess (as train.py) infinite losses, and
+    nan for the groups."""
     optimizer, total, groups = rule(model, lr), [], []
     for step in range(steps + 1):
         losses = model.gradients()
         total.append(losses.mean().item())
         if not total[-1] < 2 * math.log(model.classes):
-            return total + [math.inf] * (steps - step), groups + [model.by_group(losses)] * (len(looks) - len(groups))
+            gone = [torch.full_like(model.by_group(losses), math.nan)] * (len(looks) - len(groups))
+            return total[:-1] + [math.inf] * (steps + 1 - step), groups + gone
         if step in looks:
             groups.append(model.by_group(losses))
         if step < steps:
@@ -192,15 +194,21 @@ def log_steps(steps, n=40):
 # ---- artefacts ------------------------------------------------------------------------------------------------------
 
 @functools.cache
-def solve(m, steps, name, weighting=0.0, device="cpu"):
+def solve(m, steps, name, weighting, device):
     """A rule at its best step size: that, the mean losses [steps + 1], the groups' [looks, m] at log_steps(steps)."""
     rule, start = RULES[name]
     start = WEIGHTED.get(weighting, {}).get(name, start)
-    papers = m == 11 and steps == (500 if weighting else 1000) and name not in list(RULES)[-2:]
+    search = m != 11 or name in list(RULES)[-2:]
     fewer = 12 * 2**11 / ((m + 1) * 2**m)  # inputs than at m = 11, so that steps can be as many times longer
     lr, _, total, groups = best_step(name, lambda: Softmax(*softmax_data(m, device), weighting), rule, start * fewer,
-                                     steps, log_steps(steps), search=not papers)
+                                     steps, log_steps(steps), search)
     return lr, total, groups
+
+
+def step_sizes(papers):
+    """For a caption: where the step sizes come from, those of clipped SGD always from a search."""
+    return "the paper's step sizes (those with clips: the best of a grid)" if papers else \
+        "the best step size of a grid in steps of sqrt(10)"
 
 
 def agree(ok):
@@ -208,14 +216,14 @@ def agree(ok):
 
 
 def softmax(args):
-    found, looks = {name: solve(args.m, args.steps, name, device=args.device) for name in RULES}, log_steps(args.steps)
+    found, looks = {name: solve(args.m, args.steps, name, 0.0, args.device) for name in RULES}, log_steps(args.steps)
     first, last = 0, args.m - 1
     lines, rows, fall = [], [], {}
     for name, (lr, total, groups) in found.items():
         start, end = groups[0], groups[-1]
         fall[name] = (1 - end[last] / start[last]).item()
-        rows.append({"method": name, "step_size": lr, "loss": finite(total[-1]), "groups": end.tolist(),
-                     "groups_at_start": start.tolist()})
+        rows.append({"method": name, "step_size": lr, "loss": finite(total[-1]), "groups_at_start": start.tolist(),
+                     "groups": list(map(finite, end.tolist()))})
         lines.append((name, f"{lr:.3g}", f"{total[-1]:.3f}", f"{end[first]:.3f}", f"{end[last - 1]:.3f}",
                       f"{end[last]:.3f}", f"{fall[name]:.0%}"))
     table = markdown(("method", "step size", "loss", "most frequent class", "second rarest group", "rarest group",
@@ -230,11 +238,12 @@ def softmax(args):
             each.set(xscale="log", title=f"{name}, {lr:.3g}", xlabel="step + 1", ylim=(0, 1.3 * total[0]))
         axes[0, 0].set_ylabel("loss (nats)")
         axes[1, 0].set_ylabel("loss (nats)")
-        axes[0, 0].figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=7)
+        axes[0, 0].figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=8,
+                                 fontsize=7)
     slow, fast = max(fall["GD"], fall["normalised GD"]), min(fall["sign"], fall["Adam"])
     return Page(table, rows, [], f"Softmax regression with 2^i classes of 2^(m-i) samples, m = {args.m}: loss by "
-                f"frequency of the class (panels are cut at the top), {args.steps} full-batch steps at the best step "
-                "size of a grid in steps of sqrt(10), one run each. Paper B: GD and normalised GD barely move the rare "
+                f"frequency of the class (panels are cut at the top), {args.steps} full-batch steps at "
+                f"{step_sizes(args.m == 11)}, one run each. Paper B: GD and normalised GD barely move the rare "
                 f"classes, sign descent and Adam move all. Here the loss of the rarest group falls by at most "
                 f"{slow:.0%} and by at least {fast:.0%}: {agree(slow < 0.5 < fast)}; but by "
                 f"{fall['GD, momentum']:.0%} and {fall['normalised GD, momentum']:.0%} with momentum. SGD with the "
@@ -246,7 +255,7 @@ def reweighted(args):
     found = {label: {name: solve(args.m, args.steps, name, a, args.device) for name in names}
              for label, a in (("plain", 0.0), ("1/sqrt(pi)", 0.5), ("1/pi", 1.0))}
     rows = [{"method": name, "weights": label, "step_size": lr, "loss": finite(total[-1]),
-             "groups": groups[-1].tolist()}
+             "groups": list(map(finite, groups[-1].tolist()))}
             for label, some in found.items() for name, (lr, total, groups) in some.items()]
     table = markdown(("method", *(f"{label}: loss, rarest group" for label in found)),
                      [(name, *(f"{some[name][1][-1]:.3f}, {some[name][2][-1][-1]:.3f}" for some in found.values()))
@@ -263,8 +272,8 @@ def reweighted(args):
     gd = {label: [some[name][1][-1] for name in names[:2]] for label, some in found.items()}
     helps = {label: all(a < b for a, b in zip(gd[label], gd["plain"])) for label in gd}
     return Page(table, rows, [], f"Softmax regression, m = {args.m}, {args.steps} steps, one run each: losses weighted "
-                "by the class's frequency pi, each at its best step size for the unweighted loss, which is what is "
-                "shown. Paper B: 1/sqrt(pi) always helps GD, 1/pi helps or not. Here 1/sqrt(pi) "
+                f"by the class's frequency pi, at {step_sizes(args.m == 11)} for the unweighted loss, which is what "
+                "is shown. Paper B: 1/sqrt(pi) always helps GD, 1/pi helps or not. Here 1/sqrt(pi) "
                 f"{'helps' if helps['1/sqrt(pi)'] else 'does not always help'} GD with and without momentum "
                 f"({agree(helps['1/sqrt(pi)'])}), 1/pi {'helps' if helps['1/pi'] else 'does not always help'} too.",
                 draw, (1, 3))
@@ -290,7 +299,7 @@ def hessian(args):
     group = data[2].cpu()
     paths = {}
     for name in ("Adam", "GD"):
-        lr = RULES[name][1] if args.m == 11 else solve(args.m, args.steps, name, device=args.device)[0]
+        lr = RULES[name][1] if args.m == 11 else solve(args.m, args.steps, name, 0.0, args.device)[0]
         model = Softmax(*data)
         optimizer, seen = RULES[name][0](model, lr), {}
         for t in range(max(times) + 1):
@@ -298,9 +307,9 @@ def hessian(args):
             if t in times:
                 _, p = model.look()
                 x, y = torch.linalg.vector_norm(model.W.grad, dim=1).cpu(), model.hessian_traces(p).cpu()
-                classes = torch.linspace(0, len(group) - 1, 40).round().long()
+                classes = torch.linspace(0, len(group) - 1, 40).round().long().unique()
                 blocks = model.hessian_block_traces(p, classes.to(p.device)).abs().cpu()
-                off = blocks[~torch.eye(40, dtype=torch.bool)]
+                off = blocks[~torch.eye(len(classes), dtype=torch.bool)]
                 mirror = copy.copy(model)  # the same data
                 mirror.W, mirror.b = -model.W, -model.b
                 mirror.gradients()
@@ -343,7 +352,7 @@ def hessian(args):
                 f"{first['ranks']:+.2f}, {last['ranks']:+.2f} and {last['ranks_mirrored']:+.2f}: "
                 f"{agree(abs(first['ranks']) < 0.2 and last['ranks'] > 0.8 and last['ranks_mirrored'] < -0.2)}; most "
                 "classes are rare, and how those few look among themselves decides it. Blocks: median trace on the "
-                "diagonal over the median size off it, 40 classes.", draw, (2, len(times)))
+                f"diagonal over the median size off it, {len(classes)} classes.", draw, (2, len(times)))
 
 
 def quadratic(args, c=1000):
@@ -443,7 +452,9 @@ def main():
     parser.add_argument("--steps", type=int, help="[1000 at m = 11, the paper's, else 200, ours]")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    args.steps = args.steps or (1000 if args.m == 11 else 200)
+    args.steps = (1000 if args.m == 11 else 200) if args.steps is None else args.steps
+    if args.steps < 1 or args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--steps starts at 1, and --device=cuda needs a GPU")
     torch.set_flush_denormal(True)  # probabilities below 1e-38 are slow, and nothing here
     if wrong := set(args.name) - set(ARTEFACTS):
         parser.error(f"no {', '.join(wrong)}: choose from {', '.join(ARTEFACTS)}")
@@ -452,7 +463,7 @@ def main():
         page = ARTEFACTS[name](args)
         size = f"-m{args.m}" * (args.m != 7 and name not in ("quadratic", "rates"))
         write(Path("results/toy") / f"{name}{size}", page, page.caption,
-              f"{hardware()}; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}; "
+              f"{hardware(args.device)}; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}; "
               f"{time.perf_counter() - began:.0f} s", f"python toy.py {name} --m={args.m} --steps={args.steps}")
 
 

@@ -246,9 +246,9 @@ def train(s):
             f"{world.size} x {device.type}, {s.dtype}, {'compiled' if compiled else 'eager'}"
             + (f"; from step {start}" if start else ""))
 
-    stop = []  # the signal that came: finish the step, save, leave; a second one ends the run at once
+    stop = []  # the signal that came: finish the step, save, leave; a second Ctrl-C ends the run at once
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda n, frame: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
+        signal.signal(number, lambda n, frame: (stop.append(n), signal.signal(signal.SIGINT, signal.SIG_DFL)))
 
     if start == 0:
         log.evaluation(0, *evaluate(model, valid, s.eval_tokens, rows, world, token_group))

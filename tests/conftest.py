@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of a CPU: bit for bit, two processes, fp32
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 TINY = {"batch_size": 8, "steps": 12, "eval_every": 6, "eval_tokens": 500, "log_every": 3, "save_every": 4, "compile": "false"}

@@ -51,7 +51,10 @@ def struck_by(number):
         struck = process.poll() is None
         process.send_signal(number)
         result(process)
-        return struck and ends_well(out, data)
+        if not struck:  # it was done before
+            shutil.rmtree(out)
+            return fault(out, data, seconds)
+        return ends_well(out, data)
     return fault
 
 
@@ -59,6 +62,10 @@ def rank_killed(out, data, seconds):
     process = start(out, data, processes=2, restarts=1)
     wait_for(out, random.randrange(1, 20), process)
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    if not workers:  # it was done before
+        result(process)
+        shutil.rmtree(out)
+        return rank_killed(out, data, seconds)
     os.kill(int(random.choice(workers)), signal.SIGKILL)
     return result(process).returncode == 0
 
@@ -83,9 +90,12 @@ def shard_changed(out, data, seconds):
 
 
 def two_at_once(out, data, seconds):
-    both = [start(out, data), start(out, data)]
-    refused = [done.stderr for done in map(result, both) if done.returncode]
-    return len(refused) == 1 and "another process is at work" in refused[0]
+    first = start(out, data)
+    wait_for(out, 1, first)
+    first.send_signal(signal.SIGSTOP)  # so that it is at work for as long as the second takes to start
+    second = result(start(out, data))
+    first.send_signal(signal.SIGCONT)
+    return result(first).returncode == 0 and second.returncode != 0 and "another process is at work" in second.stderr
 
 
 FAULTS = {"SIGKILL at a random moment": (struck_by(signal.SIGKILL), 1),

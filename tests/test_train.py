@@ -215,15 +215,15 @@ def test_without_a_compiler_it_says_so_once_and_runs(stream, tmp_path):
 
 # ---- stopping and going on ------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("optimizer, kills", [("clipped_sgd", (0, 13)), ("adamw", ("random",))])
+@pytest.mark.parametrize("optimizer, kills", [("clipped_sgd", (0, 31)), ("adamw", ("random",))])
 def test_killed_runs_end_as_if_never_killed(optimizer, kills, stream, tmp_path):
     """Killed in its first evaluation, in the middle, or anywhere; 0 is the line that the first evaluation writes."""
-    words = dict(data=stream, optimizer=optimizer, lr=1e-2, steps=24, eval_every=7, save_every=5, log_every=1)
+    words = dict(data=stream, optimizer=optimizer, lr=1e-2, steps=60, eval_every=17, save_every=13, log_every=1)
     never = launch(*settings(out=tmp_path / "never", **words))
     out = tmp_path / "killed"
     for step in kills:
         process = launch(*settings(out=out, **words))
-        step = random.randrange(20) if step == "random" else step
+        step = random.randrange(40) if step == "random" else step
         print("killed after step", step)
         wait_for(out, step, process)
         process.kill()
@@ -318,8 +318,6 @@ def test_a_full_disk_keeps_the_old_checkpoint(stream, tmp_path):
     (["--batch_size=8", "--micro_batch=3"], ["--micro_batch=3", "8"]), (["--batch_size=100000"], ["100000"]),
     (["--device=cuda"], ["--device", "cpu"])])
 def test_bad_settings(words, expected, stream, tmp_path, monkeypatch, capsys):
-    if words == ["--device=cuda"] and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
     monkeypatch.setattr(sys, "argv", ["train.py", *settings(data=stream, out=tmp_path / "run"), *words])
     with pytest.raises(SystemExit) as e:
         train.main()
