@@ -23,9 +23,9 @@ lr: $(NEED)  ## the loss against the learning rate, the largest that each method
 
 ablation: $(NEED)  ## each clip, both and none, at a small and a large learning rate: an hour
 
-batch: $(NEED)  ## the gap against the batch size at a fixed number of tokens: three hours
+batch: $(NEED)  ## the gap against the batch size at a fixed number of tokens: two hours
 
-dynamics: $(NEED)  ## norms, ratios, imbalance, spikes along training, in small and large batches: half an hour
+dynamics: $(NEED)  ## norms, ratios, imbalance, spikes along training, in small and large batches; shares batch's runs
 
 thresholds: $(NEED)  ## how the best clips move with the width, the batch and the number of steps: an hour
 

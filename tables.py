@@ -319,7 +319,7 @@ def dynamics(args):
                     for x in (run.steps[i - 1] for i in run.spikes):
                         each.plot(x["tokens"] / 1e6, x[key], "x", color="red", markersize=5)
             each.set(yscale="log", xlabel="million tokens", title=title)
-        axes[0].legend(fontsize=8)
+        axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return Page(table, rows, [run for _, tried in found.values() for run in tried],
                 "Along training, in small and in large batches, each at its best learning rate; a spike (red x) is "
                 "above 5 times the median norm of the 100 steps before.", draw, (1, 4))
