@@ -17,8 +17,8 @@ from pathlib import Path
 
 from diagnostics import frequency_groups
 from loader import DataError, read_meta, token_counts
-from sweep import (LADDER, Page, Run, execute, gap_to, largest_stable, markdown, number, percent, plus_minus, publish,
-                   seeds, tune, verdict)
+from sweep import (LADDER, Page, Run, below, execute, gap_to, largest_stable, markdown, number, percent, plus_minus,
+                   publish, seeds, tune, verdict)
 
 SEED = 42
 # Batch, steps and clips of 130m, 350m and 1b are the paper's; 60m, nano and all of eval_every are ours.
@@ -425,7 +425,11 @@ def spikes(args):
     short = resized(s, args, s["batch_size"] // 4, 2 * s["steps"])
     names = ("Adam", "SGD with momentum", "clipped SGD")
     grid = {(name, arm): lr_grid(name, args, **short, **ARMS[arm][0]) for name in names for arm in ARMS}
-    every = execute([run for runs in grid.values() for run in runs], args)
+    execute([run for runs in grid.values() for run in runs], args)
+    for (name, arm), runs in grid.items():  # on down, until the best is not the lowest
+        while runs[0].loss < min(run.loss for run in runs[1:]) and (lower := below(LADDER, runs[0].settings["lr"])):
+            runs[:0] = execute([method(name, args, **short, **ARMS[arm][0], lr=lower[0])], args)
+    every = [run for runs in grid.values() for run in runs]
     best = {key: min(runs, key=lambda run: run.loss) for key, runs in grid.items()}
     again = {key: seeds(run, args, first=1) for key, run in best.items() if run.loss < math.inf}
     execute([run for runs in again.values() for run in runs], args)
@@ -446,6 +450,9 @@ def spikes(args):
              for adam, run in zip(again.get(("Adam", arm), [None] * len(runs)), runs)]
 
     def draw(axes):
+        for row in axes:
+            for each in row[1:]:
+                each.sharey(row[0])
         for column, name in zip(axes.T, names):
             for arm, (_, line) in ARMS.items():
                 plot_by_lr(column[0], grid[name, arm], line, arm)
