@@ -23,8 +23,8 @@ import torch.nn.functional as F
 
 from loader import DataError
 from run import hardware
-from sweep import Page, markdown, number, write
-from toy import RULES, agree, best_step, finite, step_sizes
+from sweep import Page, agree, markdown, number, write
+from toy import RULES, best_step, finite, step_sizes
 
 # The paper's step sizes at 10 bits; at fewer the search starts there, and for clipped SGD always [ours].
 STEPS = {"GD": 10**-1.5, "GD, momentum": 10**-2, "normalised GD": 1.0, "normalised GD, momentum": 1.0,

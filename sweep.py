@@ -302,6 +302,10 @@ def percent(x):
     return number(x, "+.1%")
 
 
+def agree(ok):
+    return "agrees" if ok else "does NOT agree"
+
+
 def publish(name, args, page):
     """What is said of the runs, then results/SCALE/NAME.md, .json and .png."""
     ran = list({run.out: run for run in page.runs if run.final}.values())
@@ -312,10 +316,12 @@ def publish(name, args, page):
     def all_of(function, of=configs, join=", "):
         return join.join(dict.fromkeys(str(function(each)) for each in of))
     length = ran[0].tokens_per_step // ran[0].settings["batch_size"]
+    flags = "".join(f", --{k}={v}" for k, v in args.override.items() if k not in ("model", "batch_size", "steps"))
     caption = (f"{page.caption} {all_of(lambda r: r.settings['model'], ran)}, "
                f"{all_of(lambda r: r.settings['steps'], ran, '/')} steps of "
                f"{all_of(lambda r: r.settings['batch_size'], ran, '/')} x {length} tokens of {Path(args.data).name}; "
-               f"{len({run.out for run in page.runs})} runs, seed {all_of(lambda r: r.settings['seed'], page.runs)}.")
+               f"{len({run.out for run in page.runs})} runs, "
+               f"seed {all_of(lambda r: r.settings['seed'], page.runs)}{flags}.")
     source = (f"{all_of(lambda c: c['device'])}; torch {all_of(lambda c: c['versions']['torch'])}; "
               f"{all_of(lambda c: c['started'][:10])}; commit {all_of(lambda c: c['git_commit'])}; "
               f"{sum(run.final['seconds'] for run in ran) / 3600:.1f} hours of runs")

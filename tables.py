@@ -17,8 +17,8 @@ from pathlib import Path
 
 from diagnostics import frequency_groups
 from loader import DataError, read_meta, token_counts
-from sweep import (LADDER, Page, Run, below, execute, gap_to, largest_stable, markdown, number, percent, plus_minus,
-                   publish, seeds, tune, verdict)
+from sweep import (LADDER, Page, Run, agree, below, execute, gap_to, largest_stable, markdown, number, percent,
+                   plus_minus, publish, seeds, tune, verdict)
 
 SEED = 42
 # Batch, steps and clips of 130m, 350m and 1b are the paper's; 60m, nano and all of eval_every are ours.
@@ -465,10 +465,17 @@ def spikes(args):
         axes[0, 0].set_ylabel("final validation loss (nats)")
         axes[1, 0].set_ylabel("spikes of the gradient norm")
         axes[0, 0].legend(fontsize=8)
+    count = {arm: sum(len(run.spikes) for run in grid["Adam", arm]) for arm in ARMS}
+    top = {arm: stable(grid["SGD with momentum", arm])[0] or 0 for arm in ARMS}
+    told = "; ".join(f"{arm} {count[arm]}, {top[arm]:g}" for arm in ARMS)
+    rarer = max(count["Embed LN"], count["Scaled Embed"]) < count["Vanilla"]
+    larger = min(top["Embed LN"], top["Scaled Embed"]) > top["Vanilla"]
     return Page(table, rows, every + [run for runs in again.values() for run in runs],
-                "Paper C's arms: the initial weights of this repo; its small sub-layers (Vanilla), with a tenth of the "
+                "The initial weights of this repo; paper C's small sub-layers (Vanilla), with a tenth of the "
                 "embedding's gradient (Detach), with a large shortcut (LN, Scaled). A spike is above 5 times the "
-                "median norm of the 100 steps before.", draw, (2, 3))
+                "median norm of the 100 steps before. Paper C: with the large shortcut spikes are rarer and learning "
+                "rates may be larger. Here Adam's spikes on the grid, and the largest stable learning rate of SGD with "
+                f"momentum: {told}. The first {agree(rarer)}, the second {agree(larger)}.", draw, (2, 3))
 
 
 # ---- before anything is run -----------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import torch
 
 import optim
 from run import hardware
-from sweep import LADDER, Page, above, below, markdown, number, write
+from sweep import LADDER, Page, above, agree, below, markdown, number, write
 
 SEED = 0
 
@@ -209,10 +209,6 @@ def step_sizes(papers):
     """For a caption: where the step sizes come from, those of clipped SGD always from a search."""
     return "the paper's step sizes (those with clips: the best of a grid)" if papers else \
         "the best step size of a grid in steps of sqrt(10)"
-
-
-def agree(ok):
-    return "agrees" if ok else "does NOT agree"
 
 
 def softmax(args):
