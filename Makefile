@@ -47,7 +47,7 @@ mnist: .venv/installed data/mnist  ## the same in images: MNIST with barcodes, a
 bench: $(DATA)  ## speed and memory beside peers (.venv/bin/pip install transformers: one more): a quarter of an hour
 	$(PY) bench.py --model=$(SCALE) --data=$(DATA)
 
-drill: .venv/installed  ## faults and damaged files: what is done, what survives, what is lost; ten minutes
+drill: .venv/installed  ## faults and damaged files: what is done, what survives, what is lost; six minutes
 	$(PY) tests/drill.py
 
 test: .venv/installed  ## the tests: three minutes
