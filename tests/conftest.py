@@ -7,14 +7,15 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-import torch
-
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of a CPU: bit for bit, two processes, fp32
+os.environ["OMP_NUM_THREADS"] = "1"  # they are small and run side by side, and threads that wait for a core take it
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 TINY = {"batch_size": 8, "steps": 12, "eval_every": 6, "eval_tokens": 500, "log_every": 3, "save_every": 4, "compile": "false"}
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def documents(n=400, seed=0):
@@ -55,7 +56,7 @@ def launch(*words, processes=1, restarts=0, **options):
     """Start train.py, under torchrun if it is to have several processes."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", f"--max_restarts={restarts}"]
     return subprocess.Popen([sys.executable, *(torchrun if processes > 1 else []), str(ROOT / "train.py"), *words],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD, **options)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 def result(process):

@@ -1,4 +1,5 @@
 import math
+import os
 
 import pytest
 import torch
@@ -182,7 +183,15 @@ def test_bf16_autocast_is_close_and_its_loss_is_fp32(case):
         assert torch.cosine_similarity(p.grad.double().flatten(), grads[name].flatten(), 0) > 0.99, name
 
 
-def test_compiled_on_all_threads_gradients_are_the_same_every_time():
+@pytest.fixture
+def all_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
+    yield
+    torch.set_num_threads(before)
+
+
+def test_compiled_on_all_threads_gradients_are_the_same_every_time(all_threads):
     """Tokens are heavy-tailed, so that many threads add to the same row of the embedding's gradient."""
     torch.manual_seed(0)
     model = LLaMA(Config(hidden=32, ffn=48, layers=1, heads=2, vocab_size=97))

@@ -15,8 +15,7 @@ import pytest
 import torch
 
 import train
-from conftest import (ONE_THREAD, ROOT, TINY, launch, metrics, one_line, python, result, run, same_end, settings,
-                      wait_for)
+from conftest import ROOT, TINY, launch, metrics, one_line, python, result, run, same_end, settings, wait_for
 from diagnostics import Probe, frequency_groups
 from loader import Batches, Sequences, eval_blocks
 from model import Config, LLaMA
@@ -131,7 +130,7 @@ def test_two_nodes_meet_and_all_ranks_end_alike(whole, stream, tmp_path):
     def nodes(**changes):
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_id=1",
                    "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", str(ROOT / "train.py"), *settings(data=stream, **changes)]
-        both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD) for _ in "12"]
+        both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in "12"]
         for done in [result(node) for node in both]:
             assert done.returncode == 0, done.stderr
     nodes(out=tmp_path / "two")
@@ -205,7 +204,7 @@ def test_compiled_is_the_same(stream, tmp_path, capsys, monkeypatch):
 
 
 def test_without_a_compiler_it_says_so_once_and_runs(stream, tmp_path):
-    env = {k: v for k, v in ONE_THREAD.items() if k not in ("CXX", "CC")}
+    env = {k: v for k, v in os.environ.items() if k not in ("CXX", "CC")}
     env |= {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run([sys.executable, str(ROOT / "train.py"), *settings(data=stream, out=tmp_path / "run", compile="true", steps=2)],
                           capture_output=True, text=True, env=env)
@@ -270,7 +269,7 @@ def test_a_slurm_job_saves_and_queues_itself_again(stream, tmp_path):
         (bin / name).chmod(0o755)
     for path in (*ROOT.glob("*.py"), ROOT / "slurm.sh"):
         (tmp_path / "repo" / path.name).symlink_to(path)
-    env = {**ONE_THREAD, "PATH": f"{bin}:{os.environ['PATH']}", "SLURM_NNODES": "1", "SLURM_JOB_ID": "7",
+    env = {**os.environ, "PATH": f"{bin}:{os.environ['PATH']}", "SLURM_NNODES": "1", "SLURM_JOB_ID": "7",
            "SLURM_JOB_NODELIST": "here", "SLURM_GPUS_ON_NODE": "1"}
     out = tmp_path / "run"
 
