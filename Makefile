@@ -53,9 +53,9 @@ drill: .venv/installed  ## faults and damaged files: what is done, what survives
 test: .venv/installed  ## the tests: three minutes
 	@$(MAKE) --no-print-directory -j2 test-runs test-rest
 test-runs:
-	@$(PY) -m pytest -q --disable-warnings tests/test_train.py
+	@$(PY) -m pytest -q --disable-warnings tests/test_train.py tests/test_sample.py
 test-rest:
-	@$(PY) -m pytest -q --disable-warnings --ignore=tests/test_train.py tests
+	@$(PY) -m pytest -q --disable-warnings --ignore=tests/test_train.py --ignore=tests/test_sample.py tests
 
 data/python: .venv/installed  ## the embedded corpus: the source of Python's own standard library
 	$(PY) data/prepare.py python --out=$@
