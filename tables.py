@@ -396,8 +396,10 @@ def frequency(args):
                       "Adam, clipped SGD closes"), lines)
     rows = [run.row(adam) | {"group_losses": run.evals[-1]["group_losses"] if run.evals else None}
             for runs in found.values() for adam, run in zip(found["Adam"], runs)]
-    told = ", ".join(plus_minus([None if None in ends else ends[0] - ends[1] for run in runs for ends in [
-        (loss(run, 9, 0), loss(run, 9))]], ".2f") + f" ({name})" for name, runs in found.items())
+    ends = {name: [(loss(run, 9, 0), loss(run, 9)) for run in runs] for name, runs in found.items()}
+    falls = {name: [None if None in pair else pair[0] - pair[1] for pair in pairs] for name, pairs in ends.items()}
+    told = ", ".join(f"{plus_minus(fall, '.2f')} ({name})" for name, fall in falls.items())
+    far = {name: None not in fall and statistics.fmean(fall) > 0.5 for name, fall in falls.items()}
 
     def draw(axes):
         top = max(x or 0 for runs in found.values() for line in runs[0].evals for x in line["group_losses"])
@@ -414,7 +416,8 @@ def frequency(args):
     return Page(table, rows, every,
                 "Ten groups of tokens, each about a tenth of the training text, from frequent (1, dark) to rare (10, "
                 f"pale); seed {found['Adam'][0].settings['seed']} is drawn. Paper B: SGD hardly learns the rare groups,"
-                f" Adam all. Here group 10's loss falls by {told} nats.", draw, (1, 3))
+                f" Adam all. Here group 10's loss falls by {told} nats: SGD {agree(not far['SGD with momentum'])}, "
+                f"Adam {agree(far['Adam'])}.", draw, (1, 3))
 
 
 def spikes(args):
