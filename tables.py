@@ -100,7 +100,8 @@ def demo(args):
         axes.set(xlabel="step", ylabel="loss (nats per token)")
         axes.legend(title="validation (pale: training)")
     tuned = "the best learning rate that `make lr` found" if args.scale == "nano" else "learning rates of ours, untuned"
-    return Page(table, rows, runs, f"Adam and SGD at {tuned}, clipped SGD at the paper's.", draw)
+    papers = args.scale if args.scale in METHODS["clipped SGD"]["at"] else "130m"
+    return Page(table, rows, runs, f"Adam and SGD at {tuned}, clipped SGD at the paper's for {papers}.", draw)
 
 
 def gap(args):
