@@ -94,12 +94,20 @@ def test_neither_micro_batch_nor_world_size_changes_the_losses(whole, stream, ro
     """Rows are the harder case: the number of targets differs from rank to rank and from one micro-batch to the next."""
     here(data=stream, out=tmp_path / "stream", micro_batch=2)
     close(tmp_path / "stream", whole)
-    here(data=rows, out=tmp_path / "one")
-    here(data=rows, out=tmp_path / "micro", micro_batch=1)
+    words = dict(data=rows, steps=60, log_every=1)
+    here(out=tmp_path / "one", **words)
+    here(out=tmp_path / "micro", micro_batch=1, **words)
     close(tmp_path / "micro", tmp_path / "one")
-    done = run(*settings(data=rows, out=tmp_path / "two", micro_batch=2), processes=2)
+    out = tmp_path / "moved"  # begun by one process, ended by two
+    process = launch(*settings(out=out, **words))
+    wait_for(out, 3, process)
+    process.terminate()
+    result(process)
+    assert metrics(out)[-1]["step"] < 60
+    done = run(*settings(out=out, micro_batch=2, **words), processes=2)
     assert done.returncode == 0, done.stderr
-    close(tmp_path / "two", tmp_path / "one")
+    assert "2 x cpu" in done.stdout and "; from step" in done.stdout
+    close(out, tmp_path / "one")
 
 
 def test_wandb_gets_every_line_if_it_is_there(stream, tmp_path, capsys, monkeypatch):
