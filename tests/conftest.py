@@ -60,7 +60,7 @@ def launch(*words, processes=1, restarts=0, **options):
 
 
 def result(process):
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=120)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
@@ -80,8 +80,9 @@ def wait_for(out, step, process):
 def same_end(a, b):
     """Whether two runs left the same lines and, bit for bit, the same weights and optimizer."""
     x, y = (torch.load(out / "ckpt.pt", weights_only=True) for out in (a, b))
-    leaves = zip(*(torch.utils._pytree.tree_leaves([z["step"], z["model"], z["optimizer"]]) for z in (x, y)), strict=True)
-    return metrics(a) == metrics(b) and all(torch.equal(p, q) if torch.is_tensor(p) else p == q for p, q in leaves)
+    (ps, names), (qs, others) = (torch.utils._pytree.tree_flatten([z["step"], z["model"], z["optimizer"]]) for z in (x, y))
+    return metrics(a) == metrics(b) and names == others and all(
+        torch.equal(p, q) if torch.is_tensor(p) else p == q for p, q in zip(ps, qs, strict=True))
 
 
 def one_line(process, *words):

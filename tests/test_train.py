@@ -20,6 +20,7 @@ from diagnostics import Probe, frequency_groups
 from loader import Batches, Sequences, eval_blocks
 from model import Config, LLaMA
 
+
 def here(**changes):
     """A run in this very process."""
     train.train(train.parse(settings(**changes)))
