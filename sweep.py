@@ -16,8 +16,10 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from train import Settings
 
 HERE = Path(__file__).resolve().parent  # train.py's; runs/ and results/ are in the current folder
 LADDER = tuple(float(f"{10 ** (k / 2):.3g}") for k in range(-12, 11))  # learning rates, in steps of sqrt(10)
@@ -32,8 +34,9 @@ class Run:
         self.label, self.settings, self.axes, self.error = label, settings, axes, None  # axes: what a search may change
         self.final, self.evals, self.steps = None, [], []
         meta = Path(settings["data"]) / "meta.json"
-        key = json.dumps(settings, sort_keys=True) + (meta.read_text() if meta.exists() else "")
-        name = "-".join(f"{settings[k]}" for k in ("model", "optimizer", "lr", "seed") if k in settings)
+        whole = {**asdict(Settings()), **settings}  # another default in train.py is another run
+        key = json.dumps(whole, sort_keys=True) + (meta.read_text() if meta.exists() else "")
+        name = "-".join(f"{whole[k]}" for k in ("model", "optimizer", "lr", "seed"))
         self.out = Path("runs") / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
 
     def read(self):
@@ -196,24 +199,28 @@ def down(make, run, args):
     return tried
 
 
-def tune(make, axes, args):
+def tune(make, axes, args, against=()):
     """Search the best settings: down from a learning rate that diverges; then along one axis after the other, to the
-    next value up or down while that is better, round and round until no neighbour on any axis is.
+    next value up or down while that is better, round and round until no neighbour is.
 
-    Args: make(**changes) -> Run; axes, {setting: ladder of values}. Returns the best run and all that were tried.
+    Args: make(**changes) -> Run; axes, {setting: ladder of values}; against, the axes that are also moved against lr,
+    one up and the other down, since the best may lie on a diagonal. Returns the best run and all that were tried.
     """
     axes = {axis: ladder for axis, ladder in axes.items() if axis not in args.override}
+    ways = [((axis, below, above),) for axis in axes]
+    ways += [(("lr", below, above), (axis, above, below)) for axis in against if axis in axes]
     tried = {run.out: run for run in down(make, execute([make()], args)[0], args)}
     best, moved = list(tried.values())[-1], True
     while moved:
         moved = False
-        for axis, ladder in axes.items():
+        for way in ways:
             while True:
                 here = {k: best.settings[k] for k in axes}
-                near = execute([make(**{**here, axis: value}) for value in
-                                below(ladder, here[axis]) + above(ladder, here[axis])], args)
+                there = [{axis: value for axis, *turn in way for value in turn[i](axes[axis], here[axis])}
+                         for i in (0, 1)]
+                near = execute([make(**{**here, **new}) for new in there if len(new) == len(way)], args)
                 tried |= {run.out: run for run in near}
-                if min(run.loss for run in near) >= best.loss:
+                if min((run.loss for run in near), default=math.inf) >= best.loss:
                     break
                 best, moved = min(near, key=lambda run: run.loss), True
     return best, list(tried.values())

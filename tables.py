@@ -35,21 +35,23 @@ LARGE = {"eval_tokens": 10_000_000, "save_every": 500, "micro_batch": 32}  # bey
 # `axes` what is searched beside lr: thresholds in steps of sqrt(10) too, so that no method is tuned more finely than
 # another, but for the paper's own values where they lie between.
 METHODS = {
-    "Adam": {"settings": {"optimizer": "adamw"}, "start": {"lr": 3.16e-3, "beta2": 0.95},
+    "Adam": {"settings": {"optimizer": "adamw"}, "start": {"lr": 3.16e-3, "beta1": 0.9, "beta2": 0.95},
              "at": dict.fromkeys(("60m", "130m", "350m", "1b"), {"lr": 1e-3}),  # ours: the paper gives none
-             "axes": {"beta2": (0.9, 0.95, 0.99, 0.999)}, "line": ("#000000", "-", "o")},
+             "axes": {"beta1": (0.5, 0.8, 0.9, 0.95, 0.98), "beta2": (0.8, 0.9, 0.95, 0.99, 0.999)},
+             "line": ("#000000", "-", "o")},
     "SGD": {"settings": {"optimizer": "sgd", "momentum": 0}, "start": {"lr": 0.316},
             "axes": {}, "line": ("#e69f00", ":", "v")},
     "SGD with momentum": {"settings": {"optimizer": "sgd"}, "start": {"lr": 1.0},
                           "axes": {}, "line": ("#d55e00", ":", "s")},
     "SGD, global norm clipped": {"settings": {"optimizer": "sgd"}, "start": {"lr": 31.6, "grad_clip": 0.1},
-                                 "axes": {"grad_clip": (0.01, 0.03, 0.1, 0.3, 1.0)},
+                                 "axes": {"grad_clip": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)},
+                                 "against": ("grad_clip",),  # where it binds, lr x grad_clip is the step
                                  "line": ("#009e73", "-.", "^")},
     "clipped SGD": {"settings": {"optimizer": "clipped_sgd"},
                     "start": {"lr": 100.0, "token_clip": 1e-3, "update_clip": 5e-4},
                     "at": {"350m": {"lr": 200.0}, "1b": {"lr": 300.0, "update_clip": 2e-4}},
-                    "axes": {"update_clip": (5e-5, 1.58e-4, 5e-4, 1.58e-3, 5e-3),
-                             "token_clip": (1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2)}, "line": ("#0072b2", "--", "D")},
+                    "axes": {"update_clip": (1.58e-5, 5e-5, 1.58e-4, 5e-4, 1.58e-3, 5e-3, 1.58e-2),
+                             "token_clip": (3.16e-5, 1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2)}, "line": ("#0072b2", "--", "D")},
 }
 
 # Of Spike No More (arXiv 2312.16903); the first is this repo's model as it is.
@@ -71,10 +73,11 @@ def method(name, args, **changes):
     return Run(name, settings, ("lr", *spec["axes"]))
 
 
-def search(name, args, axes=True, **changes):
-    """The best run of a method and all that were tried: over lr, and with `axes` over what else it has to tune."""
+def search(name, args, axes=None, **changes):
+    """The best run of a method and all that were tried: over lr and what else it has to tune, or those of `axes`."""
+    ladders = {"lr": LADDER} | METHODS[name]["axes"]
     return tune(lambda **more: method(name, args, **{**changes, **more}),
-                {"lr": LADDER} | (METHODS[name]["axes"] if axes else {}), args)
+                {k: ladders[k] for k in ladders if axes is None or k in axes}, args, METHODS[name].get("against", ()))
 
 
 def state_bytes(s):
@@ -105,6 +108,7 @@ def demo(args):
 
 
 def gap(args):
+    execute([method(name, args) for name in METHODS], args)  # side by side; from them each search goes on alone
     found = {name: search(name, args) for name in METHODS}
     again = {name: seeds(best, args, first=1) for name, (best, _) in found.items()}  # not the seed it was chosen by
     execute([run for runs in again.values() for run in runs], args)
@@ -112,14 +116,16 @@ def gap(args):
     for name, runs in again.items():
         best, tried = found[name]
         s = best.settings
-        ms = [1000 * run.tokens_per_step / run.tok_per_s for run in runs if run.tok_per_s]
+        ms = [1000 * run.tokens_per_step / run.tok_per_s for run in (*runs, *tried) if run.tok_per_s]
+        edge = [k for k, ladder in METHODS[name]["axes"].items() if s[k] in (ladder[0], ladder[-1])]
         rows += [run.row(adam) | {"role": "seed"} for adam, run in zip(again["Adam"], runs)]
         rows += [run.row(found["Adam"][0]) | {"role": "search"} for run in tried]
-        lines.append((name, best.tuned, verdict(runs),
+        lines.append((name, best.tuned + f" (the grid's edge: {', '.join(edge)})" * bool(edge), verdict(runs),
                       plus_minus([gap_to(adam, run) for adam, run in zip(again["Adam"], runs)], "+.1%"),
                       str(state_bytes(s)), number(statistics.median(ms) if ms else None, ",.0f"), str(len(tried))))
     table = markdown(("method", "best settings", "validation loss", "gap to Adam", "state, bytes a parameter",
                       "ms a step", "runs of the search"), lines)
+    beside = f" Milliseconds a step: median of all runs, {args.jobs} at a time." * (args.jobs > 1)
 
     def draw(axes):
         for name, runs in again.items():
@@ -131,7 +137,7 @@ def gap(args):
         axes.legend()
     return Page(table, rows, [run for name in again for run in (*again[name], *found[name][1])],
                 f"Each method at the best settings that a search found at seed {SEED}, run at other seeds (mean and "
-                "95% interval of Student's t; the gap is taken seed by seed).", draw)
+                f"95% interval of Student's t; the gap is taken seed by seed).{beside}", draw)
 
 
 def lr_grid(name, args, **changes):
@@ -149,13 +155,14 @@ def stable(runs):
 
 
 def plot_by_lr(axes, runs, line, label):
-    """The final losses of runs against their lr, and an x at the top for each that diverged."""
+    """The final losses of runs against their lr, and an x at the top, a row for each line, where they diverged."""
     color, dash, mark = line
+    height = 0.98 - 0.03 * len(axes.get_legend_handles_labels()[0])
     good = [run for run in runs if run.loss < math.inf]
     axes.plot([r.settings["lr"] for r in good], [r.loss for r in good], dash, color=color, marker=mark, label=label)
     for run in runs:
         if run.diverged:
-            axes.plot(run.settings["lr"], 0.97, "x", color=color, transform=axes.get_xaxis_transform())
+            axes.plot(run.settings["lr"], height, "x", color=color, transform=axes.get_xaxis_transform())
 
 
 def lr(args):
@@ -192,15 +199,18 @@ def ablation(args):
     start = method("clipped SGD", args).settings
     large, token, update = start["lr"], start["token_clip"], start["update_clip"]
     small, tried = largest_stable(lambda **c: method("SGD with momentum", args, **c), args)
-    best, others = search("Adam", args, axes=False)
+    best, others = search("Adam", args, axes=("lr",))
+    alone, scaled = tune(lambda **c: method("clipped SGD", args, **{"lr": 1e9, "token_clip": None, **c}),
+                         {"update_clip": METHODS["clipped SGD"]["axes"]["update_clip"]}, args)
+    same_rms = f"every update scaled to RMS {alone.settings['update_clip']:g}"
     clips = {"no clip": {"token_clip": None, "update_clip": None}, "token clip": {"update_clip": None},
              "update clip": {"token_clip": None}, "both clips": {}}
     cells = {(clip, rate): method("clipped SGD", args, lr=rate, **changes)
              for clip, changes in clips.items() for rate in (small, large)}
     cells |= {("global norm", rate): method("SGD, global norm clipped", args, lr=rate) for rate in (small, large)}
-    cells["every update scaled to the same RMS", math.inf] = method("clipped SGD", args, lr=1e9, token_clip=None)
+    cells[same_rms, math.inf] = alone
     cells["Adam", None] = best
-    main = {key: seeds(run, args) if key[0] not in ("token clip", "update clip", "global norm") else [run]
+    main = {key: seeds(run, args) if key[0] not in ("token clip", "global norm") else [run]
             for key, run in cells.items()}
     execute([run for runs in main.values() for run in runs], args)
     adam = main["Adam", None]
@@ -228,8 +238,9 @@ def ablation(args):
                           transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=8)
         axes.set(yticks=range(len(names)), yticklabels=names, xlabel="final validation loss (nats per token)")
         axes.set_title(f"open: lr {small:g}, SGD's largest stable; full: lr {large:g}", fontsize=9)
-    rows += [run.row(best) | {"cell": "search"} for run in tried + others]
-    return Page(table, rows, [run for runs in main.values() for run in runs] + tried + others,
+    searched = tried + others + scaled
+    rows += [run.row(best) | {"cell": "search"} for run in searched]
+    return Page(table, rows, [run for runs in main.values() for run in runs] + searched,
                 f"The clips and the learning rate (token clip {token:g}, update clip {update:g}, global norm "
                 f"{main['global norm', large][0].settings['grad_clip']:g}), beside Adam; shares clipped are means "
                 "over the run.", draw)
@@ -240,6 +251,9 @@ def resized(s, args, batch_size, steps):
     micro-batch, or less where it does not fit."""
     return {"batch_size": batch_size, "steps": steps, "eval_every": max(1, steps * s["eval_every"] // s["steps"])} | (
         {"micro_batch": min(s["micro_batch"], batch_size // args.nproc)} if s.get("micro_batch") else {})
+
+
+BATCH_AXES = "lr", "update_clip"  # what is searched at each batch size
 
 
 def sizes(args):
@@ -261,8 +275,8 @@ def batch(args):
     shapes = sizes(args)
     for shape in shapes:
         for name in names:
-            start = {"lr": best[name][-1].settings["lr"]} if best[name] else {}
-            run, tried = search(name, args, axes=False, **shape, **start)
+            start = {k: best[name][-1].settings[k] for k in BATCH_AXES if best[name] and k in best[name][-1].axes}
+            run, tried = search(name, args, BATCH_AXES, **shape, **start)
             best[name].append(run)
             every += tried
     rows = [run.row(adam) | {"best": run in best[run.label]} for run in every
@@ -285,13 +299,13 @@ def batch(args):
         axes.minorticks_off()
         axes.figure.legend(loc="outside lower center", ncols=3)
     return Page(table, rows, every, "The gap to Adam against the batch size at a fixed number of tokens, each method "
-                "at its best learning rate at that size, its other settings as they are.", draw)
+                "at its best learning rate (clipped SGD: and update clip) at that size.", draw)
 
 
 def dynamics(args):
     shapes = sizes(args)
     chosen = {"small batch": shapes[0], "large batch": shapes[2]}  # four times that leaves few steps
-    found = {(name, size): search(name, args, axes=False, **form)
+    found = {(name, size): search(name, args, BATCH_AXES, **form)
              for size, form in chosen.items() for name in ("Adam", "clipped SGD")}
     runs = {key: best for key, (best, _) in found.items()}
     looks = {"grad_norm": "gradient norm", "weight_to_gradient": "weight-to-gradient ratio",
@@ -310,7 +324,7 @@ def dynamics(args):
     def draw(axes):
         for each, (key, title) in zip(axes, looks.items()):
             for (name, size), run in runs.items():
-                color = METHODS[name]["line"][0]
+                color = "black" if name == "Adam" else "#56b4e9"  # apart in grey too
                 steps = [x for x in run.steps if x.get(key) is not None]
                 tokens = [x["tokens"] / 1e6 for x in steps]
                 each.plot(tokens, [x[key] for x in steps], "-" if size == "large batch" else ":", color=color,
@@ -322,8 +336,8 @@ def dynamics(args):
             each.set(yscale="log", xlabel="million tokens", title=title)
         axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return Page(table, rows, [run for _, tried in found.values() for run in tried],
-                "Along training, in small and in large batches, each at its best learning rate; a spike (red x) is "
-                "above 5 times the median norm of the 100 steps before.", draw, (1, 4))
+                "Along training, in small and in large batches, each at its best learning rate (clipped SGD: and "
+                "update clip); a spike (red x) is above 5 times the median norm of the 100 steps before.", draw, (1, 4))
 
 
 def thresholds(args):
@@ -413,7 +427,7 @@ def frequency(args):
                           label=f"group {i + 1}" if i in (0, 9) else None, linewidth=2 if i in (0, 9) else 1)
             each.set(title=name, xlabel="step", ylim=(0, 1.05 * top))
         axes[0].set_ylabel("validation loss of the group (nats per token)")
-        axes[0].legend()
+        axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return Page(table, rows, every,
                 "Ten groups of tokens, each about a tenth of the training text, from frequent (1, dark) to rare (10, "
                 f"pale); seed {found['Adam'][0].settings['seed']} is drawn. Paper B: SGD hardly learns the rare groups,"
@@ -465,7 +479,7 @@ def spikes(args):
                 column[1].plot([run.settings["lr"] for run in good], [len(run.spikes) for run in good], dash,
                                color=color, marker=mark)
             column[0].set(title=name, xscale="log")
-            column[1].set(xscale="log", xlabel="peak learning rate (x: diverged)")
+            column[1].set(xscale="log", xlabel="peak learning rate (x above: diverged)")
         axes[0, 0].set_ylabel("final validation loss (nats)")
         axes[1, 0].set_ylabel("spikes of the gradient norm")
         axes[0, 0].legend(fontsize=8)
@@ -485,16 +499,18 @@ def spikes(args):
 # ---- before anything is run -----------------------------------------------------------------------------------------
 
 def memory(s, vocab, length, gpu=True):
-    """Bytes on each device: weights, gradients, optimizer state, activations of a micro-batch, a chunk of logits.
+    """Bytes on each device: weights, gradients, optimizer state, copies of the weights (bf16 for the products, fp32
+    for diagnostics.py), activations of a micro-batch, a chunk of logits.
 
-    Activations: 7 * hidden + 3 * ffn numbers a token and layer, of 2 bytes under bf16 autocast, 4 in fp32 [ours: fitted
-    to the peak of nano on a CPU, not checked on a GPU]. Logits: 4,096 rows (256 on a CPU) in fp32, twice, and in bf16.
+    Activations: 7 * hidden + 3 * ffn numbers a token and layer, of 2 bytes under bf16 autocast, 4 in fp32 [ours: nano
+    on a CPU takes 1.8 times the sum, compiled code and PyTorch's caches included; not checked on a GPU]. Logits: 4,096
+    rows (256 on a CPU) in fp32, twice, and in bf16.
     """
     from model import Config
     c = Config.named(s["model"], vocab)
     rows = (s.get("micro_batch") or s["batch_size"]) * length
     return {"weights": 4 * c.parameters, "gradients": 4 * c.parameters,
-            "optimizer state": state_bytes(s) * c.parameters,
+            "optimizer state": state_bytes(s) * c.parameters, "copies": (6 if gpu else 4) * c.parameters,
             "activations": (2 if gpu else 4) * rows * c.layers * (7 * c.hidden + 3 * c.ffn),
             "logits": (4096 * 10 if gpu else 256 * 12) * vocab}
 
