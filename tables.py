@@ -17,7 +17,7 @@ from pathlib import Path
 
 from diagnostics import frequency_groups
 from loader import DataError, read_meta, token_counts
-from sweep import (LADDER, Page, Run, agree, below, execute, gap_to, largest_stable, markdown, number, percent,
+from sweep import (LADDER, Page, Run, above, agree, below, execute, gap_to, largest_stable, markdown, number, percent,
                    plus_minus, publish, seeds, tune, verdict)
 
 SEED = 42
@@ -51,7 +51,8 @@ METHODS = {
                     "start": {"lr": 100.0, "token_clip": 1e-3, "update_clip": 5e-4},
                     "at": {"350m": {"lr": 200.0}, "1b": {"lr": 300.0, "update_clip": 2e-4}},
                     "axes": {"update_clip": (1.58e-5, 5e-5, 1.58e-4, 5e-4, 1.58e-3, 5e-3, 1.58e-2),
-                             "token_clip": (3.16e-5, 1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2)}, "line": ("#0072b2", "--", "D")},
+                             "token_clip": (3.16e-5, 1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2)},
+                    "line": ("#0072b2", "--", "D")},
 }
 
 # Of Spike No More (arXiv 2312.16903); the first is this repo's model as it is.
@@ -340,6 +341,19 @@ def dynamics(args):
                 "update clip); a spike (red x) is above 5 times the median norm of the 100 steps before.", draw, (1, 4))
 
 
+def minimum(run, axis, tried):
+    """Between the steps of its ladder: where along an axis, in logarithms, a parabola through the losses of a run and
+    its two neighbours has its minimum; None if one of them is missing."""
+    rest = {**run.settings, axis: None}
+    losses = {other.settings[axis]: other.loss for other in tried if {**other.settings, axis: None} == rest}
+    ladder, x = METHODS[run.label]["axes"][axis], run.settings[axis]
+    sides = below(ladder, x) + above(ladder, x)
+    if len(sides) < 2 or run.loss == math.inf:
+        return None
+    low, high = (losses.get(value, math.inf) - run.loss for value in sides)
+    return x * 10 ** ((low - high) / (low + high) / 4) if 0 < low + high < math.inf else None
+
+
 def thresholds(args):
     """How the best settings of clipped SGD move with the width of the model, the batch and the steps: short runs."""
     from model import SIZES, Config
@@ -353,30 +367,35 @@ def thresholds(args):
     points += [resized(s, args, n, steps) for n in (size // 4, 4 * size)]
     points += [resized(s, args, size, n) for n in (steps // 4, 4 * steps)]
     centre, every = search("clipped SGD", args, **base)
-    found = [centre]
+    found = {centre: every}
     for changes in points:
         run, tried = search("clipped SGD", args, **{**base, **{k: centre.settings[k] for k in axes}, **changes})
-        found.append(run)
+        found[run] = tried
         every = every + tried
+    between = {run: {k: minimum(run, k, tried) for k in axes[1:]} for run, tried in found.items()}
     rows = [run.row() | {"best": run.out in {best.out for best in found}} for run in every]
     table = markdown(("model", "sequences a batch", "steps", "validation loss", "best lr", "update clip", "token clip"),
                      [(run.settings["model"], str(run.settings["batch_size"]), str(run.settings["steps"]), run.verdict,
-                       *(number(run.settings[k], "g") for k in axes)) for run in found])
+                       f"{run.settings['lr']:g}",
+                       *(f"{number(run.settings[k], 'g')} ({number(x, '.2g')})" for k, x in between[run].items()))
+                      for run in found])
 
     def draw(panels):
         looks = {"hidden size": lambda s: Config.named(s["model"], 8).hidden,
                  "sequences a batch": lambda s: s["batch_size"], "steps": lambda s: s["steps"]}
         for panel, (label, x) in zip(panels, looks.items()):
-            line = [run.settings for run in sorted(found, key=lambda run: x(run.settings))
+            line = [run for run in sorted(found, key=lambda run: x(run.settings))
                     if run.loss < math.inf and (run is centre or x(run.settings) != x(centre.settings))]
+            ticks = [x(run.settings) for run in line]
             for key, dash, mark in (("update_clip", "-", "o"), ("token_clip", "--", "D")):
-                panel.plot([x(s) for s in line], [s[key] for s in line], dash, color="black", marker=mark, label=key)
-            panel.set(xscale="log", yscale="log", ylim=(3e-5, 2e-2), xlabel=label, xticks=[x(s) for s in line],
-                      xticklabels=[x(s) for s in line])
+                panel.plot(ticks, [between[run][key] or run.settings[key] for run in line], dash, color="black",
+                           marker=mark, label=key)
+            panel.set(xscale="log", yscale="log", ylim=(1e-5, 2e-2), xlabel=label, xticks=ticks, xticklabels=ticks)
             panel.minorticks_off()
         panels[0].legend(title="best")
     return Page(table, rows, every, "The best settings of clipped SGD by a search in steps of sqrt(10), one seed, as "
-                "the width of the model, the batch or the number of steps moves.", draw, (1, 3))
+                "the width of the model, the batch or the number of steps moves; drawn, and in brackets, is the "
+                "minimum of a parabola through the losses beside the best.", draw, (1, 3))
 
 
 def frequency(args):
