@@ -211,7 +211,7 @@ def ablation(args):
     cells |= {("global norm", rate): method("SGD, global norm clipped", args, lr=rate) for rate in (small, large)}
     cells[same_rms, math.inf] = alone
     cells["Adam", None] = best
-    main = {key: seeds(run, args) if key[0] not in ("token clip", "global norm") else [run]
+    main = {key: seeds(run, args) if key[0] not in ("token clip", "update clip", "global norm") else [run]
             for key, run in cells.items()}
     execute([run for runs in main.values() for run in runs], args)
     adam = main["Adam", None]
