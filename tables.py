@@ -34,24 +34,26 @@ LARGE = {"eval_tokens": 10_000_000, "save_every": 500, "micro_batch": 32}  # bey
 # `start` is where the search for the best settings begins, `at` where it does at a scale (of clipped SGD the paper's),
 # `axes` what is searched beside lr: thresholds in steps of sqrt(10) too, so that no method is tuned more finely than
 # another, but for the paper's own values where they lie between.
+BETAS = (0.5, 0.8, 0.9, 0.95, 0.98)  # beta1, and the momentum of the others
 METHODS = {
     "Adam": {"settings": {"optimizer": "adamw"}, "start": {"lr": 3.16e-3, "beta1": 0.9, "beta2": 0.95},
              "at": dict.fromkeys(("60m", "130m", "350m", "1b"), {"lr": 1e-3}),  # ours: the paper gives none
-             "axes": {"beta1": (0.5, 0.8, 0.9, 0.95, 0.98), "beta2": (0.8, 0.9, 0.95, 0.99, 0.999)},
+             "axes": {"beta1": BETAS, "beta2": (0.8, 0.9, 0.95, 0.99, 0.999)},
              "line": ("#000000", "-", "o")},
     "SGD": {"settings": {"optimizer": "sgd", "momentum": 0}, "start": {"lr": 0.316},
             "axes": {}, "line": ("#e69f00", ":", "v")},
-    "SGD with momentum": {"settings": {"optimizer": "sgd"}, "start": {"lr": 1.0},
-                          "axes": {}, "line": ("#d55e00", ":", "s")},
-    "SGD, global norm clipped": {"settings": {"optimizer": "sgd"}, "start": {"lr": 31.6, "grad_clip": 0.1},
-                                 "axes": {"grad_clip": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)},
+    "SGD with momentum": {"settings": {"optimizer": "sgd"}, "start": {"lr": 1.0, "momentum": 0.9},
+                          "axes": {"momentum": BETAS}, "line": ("#d55e00", ":", "s")},
+    "SGD, global norm clipped": {"settings": {"optimizer": "sgd"},
+                                 "start": {"lr": 31.6, "momentum": 0.9, "grad_clip": 0.1},
+                                 "axes": {"grad_clip": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0), "momentum": BETAS},
                                  "against": ("grad_clip",),  # where it binds, lr x grad_clip is the step
                                  "line": ("#009e73", "-.", "^")},
     "clipped SGD": {"settings": {"optimizer": "clipped_sgd"},
-                    "start": {"lr": 100.0, "token_clip": 1e-3, "update_clip": 5e-4},
+                    "start": {"lr": 100.0, "momentum": 0.9, "token_clip": 1e-3, "update_clip": 5e-4},
                     "at": {"350m": {"lr": 200.0}, "1b": {"lr": 300.0, "update_clip": 2e-4}},
                     "axes": {"update_clip": (1.58e-5, 5e-5, 1.58e-4, 5e-4, 1.58e-3, 5e-3, 1.58e-2),
-                             "token_clip": (3.16e-5, 1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2)},
+                             "token_clip": (3.16e-5, 1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2), "momentum": BETAS},
                     "line": ("#0072b2", "--", "D")},
 }
 
@@ -126,7 +128,7 @@ def gap(args):
                       str(state_bytes(s)), number(statistics.median(ms) if ms else None, ",.0f"), str(len(tried))))
     table = markdown(("method", "best settings", "validation loss", "gap to Adam", "state, bytes a parameter",
                       "ms a step", "runs of the search"), lines)
-    beside = f" Milliseconds a step: median of all runs, {args.jobs} at a time." * (args.jobs > 1)
+    beside = " Milliseconds a step are beside other runs." * (args.jobs > 1)
 
     def draw(axes):
         for name, runs in again.items():
@@ -366,10 +368,10 @@ def thresholds(args):
     points = [{"model": models[k]} for k in (i - 1, i + 1) if 0 <= k < len(models)]
     points += [resized(s, args, n, steps) for n in (size // 4, 4 * size)]
     points += [resized(s, args, size, n) for n in (steps // 4, 4 * steps)]
-    centre, every = search("clipped SGD", args, **base)
+    centre, every = search("clipped SGD", args, axes, **base)
     found = {centre: every}
     for changes in points:
-        run, tried = search("clipped SGD", args, **{**base, **{k: centre.settings[k] for k in axes}, **changes})
+        run, tried = search("clipped SGD", args, axes, **{**base, **{k: centre.settings[k] for k in axes}, **changes})
         found[run] = tried
         every = every + tried
     between = {run: {k: minimum(run, k, tried) for k in axes[1:]} for run, tried in found.items()}
