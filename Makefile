@@ -17,7 +17,7 @@ help:  ## this list
 demo: $(NEED)  ## Adam, SGD and clipped SGD side by side: a table and a picture in ten minutes
 	$(TABLES) demo
 
-gap: $(NEED)  ## five methods, each at its best settings, SEEDS seeds: the gap to Adam with its interval; two hours
+gap: $(NEED)  ## five methods, each at its best settings, SEEDS seeds: the gap to Adam with its interval; three hours
 
 lr: $(NEED)  ## the loss against the learning rate, the largest that each method bears: an hour
 
