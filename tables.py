@@ -31,10 +31,11 @@ SCALES = {
 }
 LARGE = {"eval_tokens": 10_000_000, "save_every": 500, "micro_batch": 32}  # beyond nano
 
+BETAS = (0.5, 0.8, 0.9, 0.95, 0.98)  # beta1, and the momentum of the others
+
 # `start` is where the search for the best settings begins, `at` where it does at a scale (of clipped SGD the paper's),
 # `axes` what is searched beside lr: thresholds in steps of sqrt(10) too, so that no method is tuned more finely than
 # another, but for the paper's own values where they lie between.
-BETAS = (0.5, 0.8, 0.9, 0.95, 0.98)  # beta1, and the momentum of the others
 METHODS = {
     "Adam": {"settings": {"optimizer": "adamw"}, "start": {"lr": 3.16e-3, "beta1": 0.9, "beta2": 0.95},
              "at": dict.fromkeys(("60m", "130m", "350m", "1b"), {"lr": 1e-3}),  # ours: the paper gives none
