@@ -54,7 +54,8 @@ METHODS = {
                     "start": {"lr": 100.0, "token_clip": 1e-3, "update_clip": 5e-4, "momentum": 0.9},
                     "at": {"350m": {"lr": 200.0}, "1b": {"lr": 300.0, "update_clip": 2e-4}},
                     "axes": {"update_clip": (1.58e-5, 5e-5, 1.58e-4, 5e-4, 1.58e-3, 5e-3, 1.58e-2),
-                             "token_clip": (3.16e-5, 1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2), "momentum": BETAS},
+                             "token_clip": (3.16e-6, 1e-5, 3.16e-5, 1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2),
+                             "momentum": BETAS},
                     "line": ("#0072b2", "--", "D")},
 }
 
