@@ -90,6 +90,11 @@ def state_bytes(s):
     return {"adamw": 8, "sgd": 4, "clipped_sgd": 4}[s["optimizer"]] if s.get("momentum", 1) else 0
 
 
+def clipped(run):
+    """The shares of tensors and of token rows that were clipped, means over a run, for a table."""
+    return [number(run.mean(f"clipped_{what}"), ".0%") for what in ("tensors", "rows")]
+
+
 def settle(found, args):
     """The final runs of methods, {name: runs}, from their searches: at other seeds than the one that they were chosen
     by; where one of them diverges, at the next lower learning rate, and so on."""
@@ -139,9 +144,10 @@ def gap(args):
         rows += [run.row(found["Adam"][0]) | {"role": "search"} for run in tried]
         lines.append((name, runs[0].tuned + f" (the grid's edge: {', '.join(edge)})" * bool(edge), verdict(runs),
                       plus_minus([gap_to(adam, run) for adam, run in zip(again["Adam"], runs)], "+.1%"),
-                      str(state_bytes(s)), number(statistics.median(ms) if ms else None, ",.0f"), str(len(tried))))
-    table = markdown(("method", "best settings", "validation loss", "gap to Adam", "state, bytes a parameter",
-                      "ms a step", "runs of the search"), lines)
+                      *clipped(runs[0]), str(state_bytes(s)), number(statistics.median(ms) if ms else None, ",.0f"),
+                      str(len(tried))))
+    table = markdown(("method", "best settings", "validation loss", "gap to Adam", "tensors clipped",
+                      "token rows clipped", "state, bytes a parameter", "ms a step", "runs of the search"), lines)
     beside = " Milliseconds a step are beside other runs." * (args.jobs > 1)
 
     def draw(axes):
@@ -155,7 +161,7 @@ def gap(args):
     return Page(table, rows, [run for name in again for run in (*again[name], *found[name][1])],
                 f"Each method at the best settings that a search found at seed {SEED}, run at other seeds, and if one "
                 "of these diverges at the next lower learning rate (mean and 95% interval of Student's t; the gap is "
-                f"taken seed by seed).{beside}", draw)
+                f"taken seed by seed; shares clipped are means over the first run).{beside}", draw)
 
 
 def lr_grid(name, args, **changes):
@@ -238,8 +244,7 @@ def ablation(args):
         rows += [{**run.row(a), "cell": clip, "clipped_tensors": run.mean("clipped_tensors"),
                   "clipped_rows": run.mean("clipped_rows")} for a, run in zip(adam, runs)]
         shown = "any" if rate == math.inf else f"{runs[0].settings['lr']:g}"
-        lines.append((clip, shown, verdict(runs), plus_minus(gaps, "+.1%"), str(len(runs)),
-                      number(runs[0].mean("clipped_tensors"), ".0%"), number(runs[0].mean("clipped_rows"), ".0%")))
+        lines.append((clip, shown, verdict(runs), plus_minus(gaps, "+.1%"), str(len(runs)), *clipped(runs[0])))
     table = markdown(("clip", "learning rate", "validation loss", "gap to Adam", "seeds", "tensors clipped",
                       "token rows clipped"), lines)
 
