@@ -223,7 +223,7 @@ def ablation(args):
     start = method("clipped SGD", args).settings
     large, token, update = start["lr"], start["token_clip"], start["update_clip"]
     small, tried = largest_stable(lambda **c: method("SGD with momentum", args, **c), args)
-    best, others = search("Adam", args, axes=("lr",))
+    best, others = search("Adam", args)  # those of gap
     alone, scaled = tune(lambda **c: method("clipped SGD", args, **{"lr": 1e9, "token_clip": None, **c}),
                          {"update_clip": METHODS["clipped SGD"]["axes"]["update_clip"]}, args)
     same_rms = f"every update scaled to RMS {alone.settings['update_clip']:g}"
