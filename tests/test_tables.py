@@ -194,7 +194,7 @@ def test_every_page_stands_whatever_the_runs_came_to(outcome, stream, tmp_path, 
         if name == "gap" and outcome == "all is well":
             for best in ("Adam | lr 0.001, beta1 0.8, beta2 0.99", "SGD | lr 3.16", "SGD with momentum | lr 3.16, momentum "
                          "0.9", "SGD, global norm clipped | lr 3.16, grad_clip 1, momentum 0.9", "clipped SGD | lr 1000, "
-                         "update_clip 0.000158, token_clip 3.16e-05, momentum 0.98 (the grid's edge: token_clip, momentum)"):
+                         "update_clip 0.000158, token_clip 3.16e-06, momentum 0.98 (the grid's edge: token_clip, momentum)"):
                 assert f"| {best} |" in text, text
 
 
