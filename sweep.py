@@ -191,12 +191,18 @@ def above(ladder, value):
     return [v for v in ladder if v > value * 1.01][:1]
 
 
-def down(make, run, args):
-    """Down the ladder from a run that diverged, to the first that does not: the runs of the way, `run` first."""
-    tried = [run]
-    while tried[-1].diverged and (lower := below(LADDER, tried[-1].settings["lr"])):
-        tried += execute([make(lr=lower[0])], args)
+def down(make, runs, args):
+    """Down the ladder from runs at one learning rate of which one diverged, to the first where none does: the runs of
+    the way, a list for each learning rate, `runs` first; make(lr=...) gives those of the next."""
+    tried = [runs]
+    while any(run.diverged for run in tried[-1]) and (lower := below(LADDER, tried[-1][0].settings["lr"])):
+        tried.append(execute(make(lr=lower[0]), args))
     return tried
+
+
+def down_from_start(make, args):
+    """make() is run, and if it diverges on down the ladder: the runs of the way."""
+    return [run for [run] in down(lambda **changes: [make(**changes)], execute([make()], args), args)]
 
 
 def tune(make, axes, args, against=()):
@@ -209,7 +215,7 @@ def tune(make, axes, args, against=()):
     axes = {axis: ladder for axis, ladder in axes.items() if axis not in args.override}
     ways = [((axis, below, above),) for axis in axes]
     ways += [(("lr", below, above), (axis, above, below)) for axis in against if axis in axes]
-    tried = {run.out: run for run in down(make, execute([make()], args)[0], args)}
+    tried = {run.out: run for run in down_from_start(make, args)}
     best, moved = list(tried.values())[-1], True
     while moved:
         moved = False
@@ -229,7 +235,7 @@ def tune(make, axes, args, against=()):
 def largest_stable(make, args):
     """The largest learning rate of the ladder at which make(lr=...) does not diverge, found down or up from its own,
     and all runs that this took. Without one, or if a run on the way failed, the end."""
-    tried = down(make, execute([make()], args)[0], args)
+    tried = down_from_start(make, args)
     up = LADDER if not tried[0].diverged else ()  # what is above one that came down from a divergence has diverged
     while tried[-1].loss < math.inf and (higher := above(up, tried[-1].settings["lr"])):
         tried += execute([make(lr=higher[0])], args)

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from diagnostics import frequency_groups
 from loader import DataError, read_meta, token_counts
-from sweep import (LADDER, Page, Run, above, agree, below, execute, gap_to, largest_stable, markdown, number, percent,
-                   plus_minus, publish, seeds, tune, verdict)
+from sweep import (LADDER, Page, Run, above, agree, below, down, execute, gap_to, largest_stable, markdown, number,
+                   percent, plus_minus, publish, seeds, tune, verdict)
 
 SEED = 42
 # Batch, steps and clips of 130m, 350m and 1b are the paper's; 60m, nano and all of eval_every are ours.
@@ -101,10 +101,8 @@ def settle(found, args):
     final = {name: seeds(best, args, first=1) for name, (best, _) in found.items()}
     execute([run for runs in final.values() for run in runs], args)
     for name, (best, _) in found.items():
-        while (any(run.diverged for run in final[name])
-               and (lower := below(LADDER, final[name][0].settings["lr"]))):
-            slower = Run(name, {**best.settings, "lr": lower[0]}, best.axes)
-            final[name] = execute(seeds(slower, args, first=1), args)
+        final[name] = down(lambda **slower: seeds(Run(name, {**best.settings, **slower}, best.axes), args, first=1),
+                           final[name], args)[-1]
     return final
 
 
