@@ -1,87 +1,101 @@
-"""SGD with two clips, which let it bear a learning rate of 100 ("SGD-LL", arXiv 2605.17787), and its baselines.
+"""SGD with two clips, which let it use a learning rate of 100 ("SGD-LL", Glentis et al. 2026,
+arXiv 2605.17787), and the baselines that it is compared with.
 
-Needs torch and nothing else: copy this file into your own project.
+    >>> head = model.lm_head.weight
+    >>> body = [p for p in model.parameters() if p is not head]
+    >>> optimizer = ClippedSGD([{"params": body}, {"params": [head], "token_clip": 1e-3}], lr=100.0)
 
-    >>> head = [model.lm_head.weight]
-    >>> body = [p for p in model.parameters() if p is not model.lm_head.weight]
-    >>> optimizer = ClippedSGD([{"params": body}, {"params": head, "token_clip": 1e-3}], lr=100.0)
+Needs torch and nothing else: copy this file into a project of your own.
 """
 import torch
 
 
-def update(params, grads, moments, lr, momentum, token_clip, update_clip):
-    """One step on lists of tensors, in place, as the paper states it. Returns the steps taken (fp32, one a tensor) and
-    the factors of the rows (fp32, [rows, 1] a tensor), each list empty where its clip is off."""
-    steps, rows = [], []
-    for p, g, m in zip(params, grads, moments):
+def _norm(m, **options):
+    """L2 norm, in fp32 or better."""
+    return torch.linalg.vector_norm(m, dtype=torch.promote_types(m.dtype, torch.float32), **options)
+
+
+def _single_tensor(params, grads, momenta, lr, momentum, token_clip, update_clip):
+    """The reference: one step on lists of tensors, in place, one tensor after the other.
+
+    Returns two lists: the step size of each tensor (0-d), empty if update_clip is None, and the
+    factor of each row ([rows, 1] per tensor), empty if token_clip is None.
+    """
+    step_sizes, row_factors = [], []
+    for p, g, m in zip(params, grads, momenta):
         if momentum:
             m.lerp_(g, 1 - momentum)
-        u, step = m, lr
-        if token_clip is not None:
-            norm = torch.linalg.vector_norm(u, dim=1, keepdim=True, dtype=torch.float32)
-            rows.append((token_clip / norm).clamp(max=1.0))  # a row of zeros: x / 0 = inf, so 1
-            u = u * rows[-1]
+        u, step_size = m, lr
+        if token_clip is not None:  # a row of zeros has the factor inf, clamped to 1
+            factor = (token_clip / _norm(u, dim=1, keepdim=True)).clamp(max=1.0)
+            row_factors.append(factor)
+            u = u * factor
         if update_clip is not None:
-            rms = torch.linalg.vector_norm(u, dtype=torch.float32) / u.numel() ** 0.5
-            step = (update_clip / rms).clamp(max=lr)
-            steps.append(step)
-        p.sub_(u * step)
-    return steps, rows
+            rms = _norm(u) / u.numel() ** 0.5
+            step_size = (update_clip / rms).clamp(max=lr)
+            step_sizes.append(step_size)
+        p.sub_(u * step_size)
+    return step_sizes, row_factors
 
 
-def update_foreach(params, grads, moments, lr, momentum, token_clip, update_clip):
-    """The same in one call a list where PyTorch has one, and without a temporary: clips only shrink, so w <- w - c * m
-    with a number c a tensor, or one a row, and no clipped copy of m is made."""
-    steps, rows = [], []
+def _multi_tensor(params, grads, momenta, lr, momentum, token_clip, update_clip):
+    """The same with torch._foreach_*: one call for all tensors, and no copy of the momentum. Both
+    clips only shrink, so the update is momentum times one factor per tensor, or one per row."""
+    step_sizes, row_factors = [], []
     if momentum:
-        torch._foreach_lerp_(moments, grads, 1 - momentum)
-    if token_clip is not None or update_clip is not None:  # row by row is also the quick way to a tensor's norm
-        norms = [torch.linalg.vector_norm(m, dim=-1, keepdim=True, dtype=torch.float32) for m in moments]
+        torch._foreach_lerp_(momenta, grads, 1 - momentum)
+    if token_clip is not None or update_clip is not None:
+        row_norms = [_norm(m, dim=-1, keepdim=True) for m in momenta]
     if token_clip is not None:
-        rows = [(token_clip / norm).clamp_(max=1.0) for norm in norms]
+        row_factors = [(token_clip / norm).clamp_(max=1.0) for norm in row_norms]
+        torch._foreach_mul_(row_norms, row_factors)  # the norms after the clip
     if update_clip is not None:
-        if rows:
-            torch._foreach_mul_(norms, rows)
-        steps = torch._foreach_reciprocal(torch._foreach_norm(norms))
-        torch._foreach_mul_(steps, [update_clip * m.numel() ** 0.5 for m in moments])
-        torch._foreach_clamp_max_(steps, lr)
-    scales = torch._foreach_mul(rows, steps or lr) if rows else steps
-    if scales:
-        torch._foreach_addcmul_(params, moments, scales, value=-1)
+        step_sizes = torch._foreach_reciprocal(torch._foreach_norm(row_norms))
+        torch._foreach_mul_(step_sizes, [update_clip * m.numel() ** 0.5 for m in momenta])
+        torch._foreach_clamp_max_(step_sizes, lr)
+
+    factors = step_sizes
+    if token_clip is not None:
+        factors = torch._foreach_mul(row_factors, step_sizes if step_sizes else lr)
+    if factors:
+        torch._foreach_addcmul_(params, momenta, factors, value=-1)
     else:
-        torch._foreach_add_(params, moments, alpha=-lr)
-    return steps, rows
+        torch._foreach_add_(params, momenta, alpha=-lr)
+    return step_sizes, row_factors
 
 
 class ClippedSGD(torch.optim.Optimizer):
-    """SGD with a per-row clip of the gradient and a per-tensor clip of the update (arXiv 2605.17787 and its release).
+    """SGD with row-wise clipping of the momentum and per-tensor RMS clipping of the update.
 
-    For each tensor, in this order:
+    For each tensor w with gradient g, in this order (Glentis et al. 2026 and their release):
         m <- momentum * m + (1 - momentum) * g     zero start, no bias correction, no Nesterov
-        u <- m, its rows rescaled to an L2 norm of at most token_clip
-        u <- u, rescaled so that lr * rms(u) is at most update_clip
+        u <- m, each row scaled down to an L2 norm of at most token_clip
+        u <- u, scaled down so that lr * rms(u) is at most update_clip
         w <- w - lr * u
-    The clips leave m as it is. With both off this is torch.optim.SGD with dampening = momentum, whose lr is
-    1 / (1 - momentum) times that of SGD without dampening. State: one tensor a parameter, none if momentum is 0.
+    The clips leave m as it is. Without them this is torch.optim.SGD with dampening = momentum, but
+    for the start: torch's m begins as the first g. lr is 1 / (1 - momentum) times that of SGD
+    without dampening.
 
-    Args (each also an option of a parameter group):
-        lr: step, in weight units per gradient unit; the paper has 100 to 300.
-        momentum: beta of the exponential moving average, in [0, 1).
-        token_clip: largest L2 norm of one row of m, in gradient units (paper: 1e-3), or None. Rows are token classes,
-            so this is meant for the group of the output layer's weight [vocab, hidden] alone, and needs 2-D tensors.
-        update_clip: largest RMS of one tensor's update, in weight units (paper: 5e-4, at 1B 2e-4), or None. It does not
-            follow the lr: while it binds, a schedule changes nothing.
-        foreach: one call for all tensors of a group (default), or one tensor after the other.
+    Args (all but params can differ between parameter groups):
+        params: parameters or groups, of any floating dtype. State: one tensor per parameter.
+        lr: in weight units per gradient unit; 100 to 300 in the paper.
+        momentum: decay of the average, in [0, 1). Default 0.9; 0 needs no state.
+        token_clip: largest norm of a row of m, in gradient units, or None (default). Rows are token
+            classes: set it, to the paper's 1e-3, on the group of lm_head's weight [vocab, hidden].
+        update_clip: largest RMS of a tensor's update, in weight units, or None. Default 5e-4, the
+            paper's (2e-4 at 1B). While it binds, neither lr nor its schedule changes the step.
+        foreach: all tensors at once (default), or the reference, one after the other.
 
-    No host synchronisation. With `report = True`, step() leaves in `clipped` the share of the tensors and of the rows
-    that it clipped, 0-d tensors on the device (None where the clip is off).
+    step() does not synchronize with the host. With track_clipping = True it leaves the fractions of
+    tensors and rows that it clipped in clip_fraction, as 0-d tensors (None where switched off).
     """
-
-    report, clipped = False, {}
+    track_clipping = False
 
     def __init__(self, params, lr, momentum=0.9, token_clip=None, update_clip=5e-4, foreach=True):
-        super().__init__(params, dict(lr=lr, momentum=momentum, token_clip=token_clip, update_clip=update_clip,
-                                      foreach=foreach))
+        defaults = dict(lr=lr, momentum=momentum, token_clip=token_clip, update_clip=update_clip,
+                        foreach=foreach)
+        self.clip_fraction = {"tensors": None, "rows": None}
+        super().__init__(params, defaults)
 
     def add_param_group(self, param_group):
         group = {**self.defaults, **param_group}
@@ -91,10 +105,11 @@ class ClippedSGD(torch.optim.Optimizer):
             raise ValueError(f"momentum must be in [0, 1), not {group['momentum']}")
         for name in ("token_clip", "update_clip"):
             if group[name] is not None and not group[name] > 0:
-                raise ValueError(f"{name} must be above 0, not {group[name]}; None switches it off")
+                raise ValueError(f"{name} must be above 0 or None, not {group[name]}")
         super().add_param_group(param_group)
-        if group["token_clip"] is not None and any(p.dim() != 2 for p in self.param_groups[-1]["params"]):
-            raise ValueError("token_clip needs 2-D parameters, a row a token: set it on the output layer's group")
+        if group["token_clip"] is not None:
+            if any(p.dim() != 2 for p in self.param_groups[-1]["params"]):
+                raise ValueError("token_clip needs 2-D parameters: set it on the output layer only")
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -102,40 +117,50 @@ class ClippedSGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        steps, rows = [], []
+
+        tensors_clipped, rows_clipped = [], []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
             grads = [p.grad for p in params]
             if any(g.is_sparse for g in grads):
-                raise RuntimeError("ClippedSGD takes dense gradients only")
-            moments = grads
+                raise RuntimeError("ClippedSGD does not support sparse gradients")
+            momenta = grads  # without momentum, m is g
             if group["momentum"]:
                 for p in params:
                     if "momentum_buffer" not in self.state[p]:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                moments = [self.state[p]["momentum_buffer"] for p in params]
-            run = update_foreach if group["foreach"] else update
-            s, r = run(params, grads, moments, *(group[k] for k in ("lr", "momentum", "token_clip", "update_clip")))
-            steps += [x < group["lr"] for x in s] if self.report else []
-            rows += [x < 1 for x in r] if self.report else []
-        if self.report:
-            self.clipped = {"tensors": torch.stack(steps).float().mean() if steps else None,
-                            "rows": torch.cat(rows).float().mean() if rows else None}
+                momenta = [self.state[p]["momentum_buffer"] for p in params]
+            update = _multi_tensor if group["foreach"] else _single_tensor
+            step_sizes, row_factors = update(
+                params, grads, momenta, group["lr"], group["momentum"], group["token_clip"],
+                group["update_clip"])
+            if self.track_clipping:
+                tensors_clipped += [step_size < group["lr"] for step_size in step_sizes]
+                rows_clipped += [factor < 1 for factor in row_factors]
+
+        if self.track_clipping:
+            self.clip_fraction = {
+                "tensors": torch.stack(tensors_clipped).float().mean() if tensors_clipped else None,
+                "rows": torch.cat(rows_clipped).float().mean() if rows_clipped else None}
         return loss
 
 
-def build(name, model, lr, momentum=0.9, token_clip=1e-3, update_clip=5e-4, beta1=0.9, beta2=0.95, weight_decay=0.0):
-    """The optimizers under comparison, for a model whose output layer is `lm_head`. "sgd" is ClippedSGD without the
-    clips, so that nothing but the clips differs."""
-    head = [model.lm_head.weight]
-    groups = [{"params": [p for p in model.parameters() if p is not head[0]]}, {"params": head}]
+def build_optimizer(name, model, lr, momentum=0.9, token_clip=1e-3, update_clip=5e-4, beta1=0.9,
+                    beta2=0.95, weight_decay=0.0):
+    """One of the optimizers compared, for a model whose output layer is `lm_head`. "sgd" is
+    ClippedSGD without the clips, so that the two differ in nothing else."""
+    head = model.lm_head.weight
+    body = [p for p in model.parameters() if p is not head]
+    groups = [{"params": body}, {"params": [head]}]
     if name == "clipped_sgd":
         groups[1]["token_clip"] = token_clip
-        return ClippedSGD(groups, lr, momentum, update_clip=update_clip)
+        optimizer = ClippedSGD(groups, lr, momentum, update_clip=update_clip)
+        optimizer.track_clipping = True
+        return optimizer
     if name == "sgd":
         return ClippedSGD(groups, lr, momentum, update_clip=None)
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr, (beta1, beta2), eps=1e-8, weight_decay=weight_decay, fused=True)
-    raise ValueError(f"no optimizer {name}: there are clipped_sgd, sgd and adamw")
+        return torch.optim.AdamW(groups, lr, (beta1, beta2), weight_decay=weight_decay, fused=True)
+    raise ValueError(f"no optimizer {name}: choose clipped_sgd, sgd or adamw")

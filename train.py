@@ -1,158 +1,182 @@
-r"""One training run.
+"""Trains one model.
 
-    a CPU      python train.py --data=data/python --optimizer=clipped_sgd --lr=100 --out=runs/first
-    one GPU    python train.py --model=130m --data=data/c4 --batch_size=2048 --micro_batch=64 --steps=5000 --out=runs/a
-    eight      torchrun --standalone --nproc_per_node=8 train.py ... (the same settings)
-    two nodes  torchrun --nnodes=2 --nproc_per_node=8 --rdzv_id=1 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \
-                   train.py ... (on both)
+    CPU         python train.py --data=data/python --optimizer=clipped_sgd --lr=100 --out=runs/a
+    one GPU     python train.py --model=130m --data=data/c4 --batch_size=2048 --micro_batch=64 \\
+                    --steps=5000 --out=runs/b
+    eight GPUs  torchrun --standalone --nproc_per_node=8 train.py ...   (the same settings)
+    two nodes   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_id=1 --rdzv_backend=c10d \\
+                    --rdzv_endpoint=HOST:29500 train.py ...             (on both)
 
-The world size and --micro_batch change the speed, never the batches: the losses stay the same to rounding. Started
-again with the same settings, a run goes on from its last checkpoint, on a CPU bit for bit as if it had never stopped.
-SIGTERM and Ctrl-C save first. OUT (on a disk that all nodes share) gets config.json, metrics.jsonl and ckpt.pt.
+The number of processes and --micro_batch change the speed, not the batches: the losses stay the
+same to rounding. Started again with the same settings, a run continues from its last checkpoint, on
+a CPU bit for bit as if it had never stopped. On SIGTERM or Ctrl-C it saves a checkpoint and exits.
+OUT, on a disk that all nodes share, gets config.json, metrics.jsonl, ckpt.pt and a lock file.
 """
 import argparse
-import contextlib
 import importlib.util
-import inspect
 import math
 import os
-import re
 import signal
 import sys
-import time
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+import typing
+from dataclasses import asdict, dataclass, field, fields
 
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel as DDP
+import torch.distributed
+from torch.nn.parallel import DistributedDataParallel
 
-import optim
-from diagnostics import Probe, frequency_groups
-from loader import Batches, DataError, Sequences, eval_blocks, fingerprint, token_counts
-from model import IGNORE, SIZES, Config, LLaMA
-from run import Folder, Log, UserError, World, describe
+from checkpoint import Dist, RunDir, StopSignal, describe
+from loader import (BatchSampler, TokenDataset, UserError, eval_batches, fingerprint,
+                    token_counts)
+from metrics import Metrics, frequency_groups
+from model import IGNORE_INDEX, SIZES, Config, LLaMA
+from optim import build_optimizer
+
+
+# ---- settings ------------------------------------------------------------------------------------
+
+def setting(default, help):
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
 class Settings:
-    out: str = ""                      # folder of this run; the run that it holds is continued
-    data: str = "data/python"          # data directory, made by data/prepare.py, or a folder of llm.c's shards
-    model: str = "nano"                # micro, nano, mini, 60m, 130m, 350m or 1b; the vocabulary is the data's
-    embedding: str | None = None       # detach, norm or scale: what is done to the embedding's output; or none
-    init: str | None = None            # small: weights sqrt(2/5d), those out of sub-layers / sqrt(2 layers); none: 0.02
-    init_from: str | None = None       # start from the weights of this folder, in Hugging Face's LLaMA format; or none
-    seed: int = 42                     # of the initial weights and of the order of the data
-    optimizer: str = "clipped_sgd"     # clipped_sgd, sgd or adamw
-    lr: float = 100.0                  # peak learning rate; to be given for sgd and adamw, whose scales are others
-    momentum: float = 0.9              # clipped_sgd, sgd: beta of the moving average of the gradient
-    token_clip: float | None = 1e-3    # clipped_sgd: largest L2 norm of a row of lm_head's momentum, or none
-    update_clip: float | None = 5e-4   # clipped_sgd: largest RMS of a tensor's update (weight units), or none
-    beta1: float = 0.9                 # adamw
-    beta2: float = 0.95                # adamw
-    weight_decay: float = 0.0          # adamw: decoupled, times lr
-    grad_clip: float | None = None     # any optimizer: largest global L2 norm of the gradient; or none
-    loss_weighting: str | None = None  # inv or inv_sqrt: training losses times 1/pi, 1/sqrt(pi) of the token; or none
-    batch_size: int = 64               # sequences of a step, over all devices and micro-batches
-    micro_batch: int | None = None     # sequences that a device takes at a time; none: its whole share
-    steps: int = 200                   # optimizer steps
-    warmup: float = 0.1                # fraction of the steps over which lr rises linearly
-    min_lr: float = 0.1                # fraction of the peak at which the cosine ends
-    eval_every: int = 50               # steps; also before the first and after the last
-    eval_tokens: int = 100_000         # validation targets, the same each time
-    log_every: int = 10                # steps between printed lines; metrics.jsonl has every step
-    diag_every: int = 10               # steps between looks at norms, ratios and imbalance: see diagnostics.py
-    save_every: int = 100              # steps between checkpoints
-    wandb: str | None = None           # also log to this project of Weights & Biases, if wandb is installed; or none
-    compile: bool = True               # torch.compile
-    dtype: str = "auto"                # of training's matrix products: float32 or bfloat16; auto: bfloat16 on a GPU
-    device: str = "auto"               # cpu or cuda; auto: cuda if there is one
+    out: str = setting("", "folder of this run; an unfinished run in it is continued")
+    data: str = setting("data/python", "data directory, or a folder of llm.c's shards")
+    model: str = setting("nano", "micro, nano, mini, 60m, 130m, 350m or 1b")
+    embedding: str | None = setting(None, "variant of Takase et al.: detach, norm, scale or none")
+    init: str | None = setting(None, "small: initial weights of Takase et al.; none: N(0, 0.02)")
+    init_from: str | None = setting(None, "start from this folder in Hugging Face's LLaMA format")
+    seed: int = setting(42, "random seed of the initial weights and the data order")
+    # optimizer
+    optimizer: str = setting("clipped_sgd", "clipped_sgd, sgd or adamw")
+    lr: float = setting(100.0, "peak learning rate; this default is for clipped_sgd only")
+    momentum: float = setting(0.9, "clipped_sgd, sgd: decay of the moving average of gradients")
+    token_clip: float | None = setting(1e-3, "clipped_sgd: max. norm of lm_head's rows, or none")
+    update_clip: float | None = setting(5e-4, "clipped_sgd: max. RMS of a tensor's update, or none")
+    beta1: float = setting(0.9, "adamw: decay of the average of gradients")
+    beta2: float = setting(0.95, "adamw: decay of the average of squared gradients")
+    weight_decay: float = setting(0.0, "adamw: decoupled, times the learning rate")
+    grad_clip: float | None = setting(None, "max. global norm of the gradient, or none")
+    # batch and schedule
+    batch_size: int = setting(64, "sequences per step, over all devices and micro-batches")
+    micro_batch: int | None = setting(None, "sequences on a device at a time; none: all")
+    steps: int = setting(200, "optimizer steps")
+    warmup: float = setting(0.1, "fraction of the steps in which the learning rate rises")
+    min_lr: float = setting(0.1, "fraction of the peak at which the cosine ends")
+    # evaluation, log, checkpoints
+    eval_every: int = setting(50, "steps between evaluations; also before the first step")
+    eval_tokens: int = setting(100_000, "targets per evaluation, the same ones each time")
+    log_every: int = setting(10, "steps between printed lines; metrics.jsonl has every step")
+    diag_every: int = setting(10, "steps between diagnostics (metrics.py)")
+    save_every: int = setting(100, "steps between checkpoints")
+    wandb: str | None = setting(None, "project of Weights & Biases to log to as well, or none")
+    # machine
+    compile: bool = setting(True, "use torch.compile")
+    dtype: str = setting("auto", "of matrix products, float32 or bfloat16; auto: bfloat16 on a GPU")
+    device: str = setting("auto", "cpu or cuda; auto: cuda if there is a GPU")
 
 
-USES = {"clipped_sgd": ("momentum", "token_clip", "update_clip"), "sgd": ("momentum",),
-        "adamw": ("beta1", "beta2", "weight_decay")}
-CHOICES = {"embedding": ("detach", "norm", "scale"), "init": ("small",), "loss_weighting": ("inv", "inv_sqrt")}
-ELSEWHERE = ("out", "data", "micro_batch", "log_every", "diag_every", "save_every", "wandb",
-             "compile", "device")  # may change on resume
+# the settings that only one optimizer has, and the allowed values of settings that are words
+OPTIMIZER_SETTINGS = {"clipped_sgd": ("momentum", "token_clip", "update_clip"),
+                      "sgd": ("momentum",),
+                      "adamw": ("beta1", "beta2", "weight_decay")}
+CHOICES = {"model": tuple(SIZES), "optimizer": tuple(OPTIMIZER_SETTINGS),
+           "embedding": (None, "detach", "norm", "scale"), "init": (None, "small"),
+           "dtype": ("auto", "float32", "bfloat16"), "device": ("auto", "cpu", "cuda")}
+# may change when a run continues; all other settings, and a hash of the data, identify it
+MAY_CHANGE = ("out", "data", "micro_batch", "log_every", "diag_every", "save_every", "wandb",
+              "compile", "device")
 
-
-# ---- settings -------------------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UserError(f"{message}; --help lists the settings", 2)
+        if int(os.environ.get("RANK", 0)) == 0:  # say it once
+            print(f"train.py: {message}; --help lists the settings", file=sys.stderr)
+        sys.exit(2)
 
 
-def reader(kind):
-    """What argparse calls to read a field of this type: `float | None` takes "none" too."""
-    options = getattr(kind, "__args__", (kind,))
+def converter(annotation):
+    """The function by which argparse reads a field of this type, such as `int | None`."""
+    types = typing.get_args(annotation) or (annotation,)
 
-    def read(text):
-        if text.lower() == "none" and len(options) > 1:
+    def convert(text):
+        if text.lower() == "none" and type(None) in types:
             return None
-        return ("false", "true").index(text.lower()) == 1 if options[0] is bool else options[0](text)
-    read.__name__ = {int: "whole number", float: "number", bool: "true or false", str: "text"}[options[0]]
-    return read
+        if types[0] is bool and text.lower() not in ("true", "false"):
+            raise ValueError
+        return text.lower() == "true" if types[0] is bool else types[0](text)
+    names = {int: "whole number", float: "number", bool: "value (true or false)", str: "text"}
+    convert.__name__ = names[types[0]]  # argparse says: invalid whole number value: '1e3'
+    return convert
 
 
 def parse(argv):
-    """argv -> Settings, checked as far as they can be without the data."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS)
-    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Settings), re.M))
+    """argv -> Settings, checked as far as is possible without the data. Exits with status 2."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for f in fields(Settings):
-        parser.add_argument(f"--{f.name}", type=reader(f.type), metavar="", help=f"{comments[f.name]} [{f.default}]")
+        parser.add_argument(f"--{f.name}", type=converter(f.type), metavar="",
+                            help=f"{f.metadata['help']} [{f.default}]")
     given = vars(parser.parse_args(argv))
     s = Settings(**given)
 
-    def need(ok, message):
+    def require(ok, name, remedy):
         if not ok:
-            raise UserError(message, 2)
-    need(s.out, "--out is missing: name a folder for the run, for instance --out=runs/first")
-    need(s.model in SIZES, f"--model={s.model}: choose from {', '.join(SIZES)}")
-    for name, choices in CHOICES.items():
-        need(getattr(s, name) in (None, *choices), f"--{name}={getattr(s, name)}: choose {', '.join(choices)} or none")
-    need(s.optimizer in USES, f"--optimizer={s.optimizer}: choose from {', '.join(USES)}")
-    for optimizer, names in USES.items():
+            parser.error(f"--{name}={getattr(s, name)}: {remedy}")
+
+    # each setting by itself
+    require(s.out, "out", "name a folder for the run, such as --out=runs/first")
+    for name, value in asdict(s).items():
+        if name in CHOICES:
+            choices = ", ".join(str(choice).lower() for choice in CHOICES[name])
+            require(value in CHOICES[name], name, f"choose from {choices}")
+        elif name in ("momentum", "beta1", "beta2"):
+            require(0 <= value < 1, name, "it must be at least 0 and below 1")
+        elif name in ("warmup", "min_lr"):
+            require(0 <= value <= 1, name, "it is a fraction, from 0 to 1")
+        elif name == "weight_decay":
+            require(0 <= value < math.inf, name, "it must be at least 0")
+        elif name == "seed":
+            require(0 <= value < 2**63, name, "it must be at least 0 and below 2^63")
+        elif type(value) in (int, float):
+            require(0 < value < math.inf, name, "it must be above 0")
+
+    # what belongs together
+    for optimizer, names in OPTIMIZER_SETTINGS.items():
         for name in names:
-            need(name not in given or name in USES[s.optimizer],
-                 f"--{name} does nothing for --optimizer={s.optimizer}: drop it, or use {optimizer}")
-    need("lr" in given or s.optimizer == "clipped_sgd", f"--lr is missing: --optimizer={s.optimizer} has no default")
-    for name in ("lr", "token_clip", "update_clip", "grad_clip", "batch_size", "micro_batch", "steps", "eval_every",
-                 "eval_tokens", "log_every", "diag_every", "save_every"):
-        value = getattr(s, name)
-        need(value is None or 0 < value < math.inf, f"--{name}={value}: it must be above 0")
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    need(s.batch_size % size == 0,
-         f"--batch_size={s.batch_size} does not divide among {size} processes: choose a multiple")
-    need(s.batch_size // size % (s.micro_batch or 1) == 0, f"--micro_batch={s.micro_batch} does not divide the "
-         f"{s.batch_size // size} sequences of a process (--batch_size={s.batch_size} over {size}): choose a divisor")
-    for name in ("momentum", "beta1", "beta2"):
-        need(0 <= getattr(s, name) < 1, f"--{name}={getattr(s, name)}: it must be at least 0 and below 1")
-    need(0 <= s.warmup <= 1, f"--warmup={s.warmup}: it is a fraction of the run, from 0 to 1, not longer")
-    need(0 <= s.min_lr <= 1, f"--min_lr={s.min_lr}: it is a fraction of the peak, from 0 to 1")
-    need(s.weight_decay >= 0, f"--weight_decay={s.weight_decay}: it must be at least 0")
-    need(0 <= s.seed < 2**63, f"--seed={s.seed}: it must be at least 0 and below 2^63")
-    need(s.dtype in ("auto", "float32", "bfloat16"), f"--dtype={s.dtype}: choose auto, float32 or bfloat16")
-    need(s.device in ("auto", "cpu", "cuda"), f"--device={s.device}: choose auto, cpu or cuda")
-    need(s.device != "cuda" or torch.cuda.is_available(), "--device=cuda: PyTorch sees no GPU here; use --device=cpu")
-    need(s.wandb is None or importlib.util.find_spec("wandb"), "--wandb needs wandb: `pip install wandb`, or drop it")
+            require(name not in given or name in OPTIMIZER_SETTINGS[s.optimizer], name,
+                    f"it does nothing for {s.optimizer}: drop it, or use --optimizer={optimizer}")
+    require("lr" in given or s.optimizer == "clipped_sgd", "optimizer",
+            "--lr is missing, this optimizer has no default")
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    share = s.batch_size // processes
+    require(s.batch_size % processes == 0, "batch_size",
+            f"it does not divide among {processes} processes: choose a multiple")
+    require(share % (s.micro_batch or 1) == 0, "micro_batch",
+            f"it does not divide the {share} sequences of a process: choose a divisor")
+
+    # what this machine has
+    require(s.device != "cuda" or torch.cuda.is_available(), "device",
+            "PyTorch finds no GPU here: use --device=cpu")
+    require(s.wandb is None or importlib.util.find_spec("wandb"), "wandb",
+            "wandb is not installed: `pip install wandb`, or drop the setting")
     return s
 
 
-# ---- the parts of a step ------------------------------------------------------------------------------------------
+# ---- the parts of training -----------------------------------------------------------------------
 
 def learning_rate(s, step):
-    """The lr of step 0, 1, ...: linear over the first warmup * steps, then a cosine to min_lr of the peak."""
-    rise = round(s.warmup * s.steps)
-    if step < rise:
-        return s.lr * (step + 1) / rise
-    share = (step + 1 - rise) / max(1, s.steps - rise)
-    return s.lr * (s.min_lr + (1 - s.min_lr) * 0.5 * (1 + math.cos(math.pi * share)))
+    """The learning rate of step 1, 2, ..., s.steps: linear warm-up, then a cosine."""
+    warmup_steps = round(s.warmup * s.steps)
+    if step <= warmup_steps:
+        return s.lr * step / warmup_steps
+    progress = (step - warmup_steps) / (s.steps - warmup_steps)
+    return s.lr * (s.min_lr + (1 - s.min_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def compiles(device):
-    """Whether torch.compile works here: it needs a compiler, Python's headers, on a GPU Triton. Try, don't guess."""
+def can_compile(device):
+    """torch.compile needs a C++ compiler and Python's headers, on a GPU Triton: try it."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
         return True
@@ -160,164 +184,178 @@ def compiles(device):
         return False
 
 
-@torch.no_grad()
-def evaluate(model, sequences, tokens, rows, world, group=None):
-    """Validation loss in nats, in fp32, the number of its targets and the loss of each group of tokens: sums of the
-    token losses of a fixed set over their number, on all ranks; `rows` sequences at a time.
-
-    `group`, int64 [vocab], is the group of each token; without it there are no groups' losses. A group that no target
-    is of has the loss nan.
-    """
-    groups = 1 if group is None else int(group.max()) + 1
-    total = torch.zeros(2, groups, dtype=torch.float64, device=world.device)  # losses, targets
-    for x, y in eval_blocks(sequences, tokens, rows, world.rank, world.size):
-        x, y = x.to(world.device), y.to(world.device)
-        which = torch.zeros_like(y) if group is None else group[y.clamp(min=0)]
-        both = model(x, y, reduction="none").double(), (y != IGNORE).double()
-        total += torch.stack([torch.bincount(which.flatten(), each.flatten(), groups) for each in both])
-    losses, counts = world.sum(total)
-    return (losses.sum() / counts.sum()).item(), int(counts.sum()), [] if group is None else (losses / counts).tolist()
-
-
 def open_data(s):
-    """The training batches and the validation sequences, after a look at one of each."""
-    batches, valid = Batches(Sequences(s.data, "train"), s.batch_size, s.seed), Sequences(s.data, "val")
-    batches(0), next(eval_blocks(valid, 1, 1))
-    return batches, valid
+    """The training batches and the validation set. Reads the first of each, as a check."""
+    sampler = BatchSampler(TokenDataset(s.data, "train"), s.batch_size, s.seed)
+    val_data = TokenDataset(s.data, "val")
+    sampler(0)
+    next(eval_batches(val_data, tokens=1, batch_size=1))
+    return sampler, val_data
+
+
+def next_batch(sampler, step, dist):
+    """This process's part of the batch of step 1, 2, ...: inputs and targets on the device, and the
+    number of targets in the whole batch."""
+    inputs, targets, num_targets = sampler(step - 1, dist.rank, dist.size)
+    if dist.device.type == "cuda":
+        inputs = inputs.pin_memory().to(dist.device, non_blocking=True)
+        targets = targets.pin_memory().to(dist.device, non_blocking=True)
+    return inputs, targets, num_targets
+
+
+@torch.no_grad()
+def evaluate(model, dataset, groups, tokens, batch_size, dist):
+    """Validation loss in nats, in fp32, over the same targets each time (about `tokens` of them),
+    batch_size sequences at a time: the sum of the losses of all ranks / the number of targets.
+
+    groups, int64 [vocab], assigns each token class to a group. Returns the loss, the number of
+    targets, and the loss of each group (nan if it has no target).
+    """
+    num_groups = int(groups.max()) + 1
+    sums = torch.zeros(2, num_groups, dtype=torch.float64, device=dist.device)  # losses, targets
+    for x, y in eval_batches(dataset, tokens, batch_size, dist.rank, dist.size):
+        x, y = x.to(dist.device), y.to(dist.device)
+        losses = model(x, y, reduction="none").double()  # [B * T], 0 where padded
+        counted = (y != IGNORE_INDEX).flatten().double()
+        group = groups[y.clamp(min=0)].flatten()  # padding is in some group, with loss and count 0
+        sums[0] += group.bincount(losses, num_groups)
+        sums[1] += group.bincount(counted, num_groups)
+    losses, counts = dist.sum(sums)
+    return (losses.sum() / counts.sum()).item(), int(counts.sum()), (losses / counts).tolist()
 
 
 def train(s):
-    world = World(s.device)
-    device = world.device
-    if s.dtype == "auto":
+    """Returns the exit status: 0, or 128 + the number of the signal that stopped the run."""
+    # processes, device, precision
+    dist = Dist(s.device)
+    device = dist.device
+    if s.dtype == "auto":  # resolved here, as it is part of the run's identity
         s.dtype = "bfloat16" if device.type == "cuda" else "float32"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bfloat16")
 
-    # batches, and how a batch falls on processes and micro-batches
-    world.first(lambda: open_data(s) and None)
-    batches, valid = open_data(s)
-    share = s.batch_size // world.size
-    rows = s.micro_batch or share
+    # data, and groups of token classes by frequency (one group if that is not known)
+    sampler, val_data = dist.rank0_first(open_data, s)
+    counts = dist.rank0_first(token_counts, s.data, val_data.vocab_size)
+    groups = torch.zeros(val_data.vocab_size, dtype=torch.long)
+    if counts is not None:
+        groups = frequency_groups(counts)
+    groups = groups.to(device)
+    micro_batch = s.micro_batch or s.batch_size // dist.size
 
-    # token classes: groups by frequency, and weights of the training losses, whose mean over the training set is 1
-    counts = world.first(lambda: token_counts(s.data, valid.vocab_size))
-    token_group = None if counts is None else frequency_groups(counts).to(device)
-    weights = None
-    if s.loss_weighting:
-        if counts is None:
-            raise UserError(f"--loss_weighting={s.loss_weighting} needs {s.data}/token_counts.npy: make another data "
-                            "directory with data/prepare.py")
-        pi = counts.double() / counts.sum()
-        weights = (pi ** {"inv": -1, "inv_sqrt": -0.5}[s.loss_weighting]).where(counts > 0, 0)
-        weights = (weights / (pi * weights).sum()).float().to(device)
-
-    # model and optimizer; the weights are drawn on the CPU, so that a seed means the same everywhere
+    # model and optimizer; weights are drawn on the CPU, so that a seed means the same everywhere
+    identity = {name: value for name, value in asdict(s).items() if name not in MAY_CHANGE}
+    run_dir = RunDir(s.out, {**identity, "data_sha256": fingerprint(s.data)}, dist)
     torch.manual_seed(s.seed)
-    model = LLaMA(Config.named(s.model, valid.vocab_size, embedding=s.embedding, init=s.init)).to(device)
-    if s.init_from and not world.first((Path(s.out) / "ckpt.pt").exists):
-        from sample import pretrained  # no other run needs the tokenizers' packages
-        world.first(lambda: pretrained(s.init_from, model.config) and None)
-        model.load_state_dict(pretrained(s.init_from, model.config))
-    optimizer = optim.build(s.optimizer, model, s.lr, **{name: getattr(s, name) for name in USES[s.optimizer]})
-    optimizer.report = True
-    parameters, probe = list(model.parameters()), Probe(model)
+    config = Config.named(s.model, val_data.vocab_size, embedding=s.embedding, init=s.init)
+    model = LLaMA(config).to(device)
+    if s.init_from and not dist.broadcast(run_dir.ckpt.exists()):
+        from sample import load_pretrained  # imported here, as it needs more packages
+        model.load_state_dict(dist.rank0_first(load_pretrained, s.init_from, config))
+    options = {name: getattr(s, name) for name in OPTIMIZER_SETTINGS[s.optimizer]}
+    optimizer = build_optimizer(s.optimizer, model, s.lr, **options)
 
-    # the folder: refuse another run's, leave a finished one alone, else go on where it stopped
-    identity = {k: v for k, v in asdict(s).items() if k not in ELSEWHERE} | {"data_sha256": fingerprint(s.data)}
-    folder = Folder(s.out, identity, world)
-    log = Log(s, folder, valid)
-    if final := folder.claim(describe(s, world)):
-        return log.say(f"{s.out} is finished: {final['status']}, validation loss {final['val_loss']}")
-    start, seconds, loss = folder.load(model, optimizer)
-    log.start_wandb()
-    if not (Path(s.data) / "meta.json").exists():
-        log.say(f"{s.data} has no meta.json: taken for llm.c's shards, in GPT-2's vocabulary of {valid.vocab_size:,}, "
-                f"in sequences of {valid.seq_len}")
+    # the run's folder: refuse another run's, leave a finished one alone, else continue
+    final = run_dir.acquire(describe(s, dist))
+    if final:
+        dist.print0(f"{s.out} is finished: {final['status']}, validation loss {final['val_loss']}")
+        return 0
+    start, seconds, val_loss = run_dir.load(model, optimizer)
 
-    compiled = s.compile and not world.any(not compiles(device))
-    if s.compile and not compiled:
-        log.say("torch.compile does not work here (it needs a C++ compiler and Python's headers): running eagerly")
+    # compile, and wrap for several processes
+    compiled = s.compile and dist.all_ranks(can_compile(device))
     if compiled:
         model.compile()
-    replica = model
-    if world.size > 1:
-        replica = DDP(model, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
-    log.say(f"{s.model}, {sum(p.numel() for p in parameters):,} parameters; {s.optimizer}, lr {s.lr:g}; {s.steps} "
-            f"steps of {s.batch_size} x {valid.seq_len} tokens, {s.steps / batches.per_epoch:.2f} epochs; "
-            f"{world.size} x {device.type}, {s.dtype}, {'compiled' if compiled else 'eager'}"
-            + (f"; from step {start}" if start else ""))
+    elif s.compile:
+        dist.print0("torch.compile does not work here (it needs a C++ compiler and Python's "
+                    "headers): running eagerly")
+    ddp_model = model
+    if dist.size > 1:
+        device_ids = [device.index] if device.type == "cuda" else None
+        ddp_model = DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)
 
-    stop = []  # the signal that came: finish the step, save, leave; a second Ctrl-C ends the run at once
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda n, frame: (stop.append(n), signal.signal(signal.SIGINT, signal.SIG_DFL)))
+    # what is logged
+    metrics = Metrics(s, run_dir, val_data, model, optimizer, start, seconds)
+    dist.print0(f"{s.data}: vocabulary {val_data.vocab_size:,}, sequences of {val_data.seq_len}, "
+                f"{s.steps / sampler.steps_per_epoch:.2f} epochs")
+    dist.print0(f"{s.model}, {config.parameters:,} parameters; {s.optimizer}, lr {s.lr:g}; "
+                f"{s.steps} steps of {s.batch_size} sequences; {dist.size} x {device.type}, "
+                f"{s.dtype}, {'compiled' if compiled else 'eager'}; from step {start}")
 
+    def run_eval():
+        return evaluate(model, val_data, groups, s.eval_tokens, micro_batch, dist)
+
+    stop_signal = StopSignal()
     if start == 0:
-        log.evaluation(0, *evaluate(model, valid, s.eval_tokens, rows, world, token_group))
-    began = time.perf_counter()
-    for step in range(start, s.steps):
+        metrics.log_eval(0, *run_eval())
+    metrics.start_clock()
+    for step in range(start + 1, s.steps + 1):
+        # set the learning rate
+        lr = learning_rate(s, step)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(s, step)
+            group["lr"] = lr
 
-        # forward and backward: the mean over the targets of the whole batch; DDP's mean over ranks is undone
-        x, y, targets = batches(step, world.rank, world.size)
-        if device.type == "cuda":
-            x, y = (t.pin_memory().to(device, non_blocking=True) for t in (x, y))
-        total = torch.zeros((), device=device)
-        for i in range(0, share, rows):
-            quiet = replica.no_sync() if world.size > 1 and i + rows < share else contextlib.nullcontext()
-            with quiet:
-                with torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bfloat16"):
-                    part = replica(x[i:i + rows], y[i:i + rows], weights) / targets
-                (part * world.size).backward()
-            total += part.detach()
+        # get this process's part of the batch
+        inputs, targets, num_targets = next_batch(sampler, step, dist)
 
-        # step
-        looks = probe.before() if (step + 1) % s.diag_every == 0 else {}
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        # forward and backward: micro-batches add up to the gradient of the mean loss of the batch
+        loss = torch.zeros((), device=device)
+        for i in range(0, len(inputs), micro_batch):
+            # DDP exchanges gradients in the last micro-batch only
+            ddp_model.require_backward_grad_sync = i + micro_batch >= len(inputs)
+            x, y = inputs[i:i + micro_batch], targets[i:i + micro_batch]
+            with autocast:
+                micro_loss = ddp_model(x, y) / num_targets  # the model returns a sum
+            (micro_loss * dist.size).backward()  # DDP averages over the processes, this undoes it
+            loss += micro_loss.detach()
+
+        # clip the gradient, update the weights
+        metrics.before_step(step)
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
         if s.grad_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, s.grad_clip, norm)
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), s.grad_clip, grad_norm)
         optimizer.step()
-        if looks:
-            looks |= probe.after()
+        metrics.after_step(step, lr, loss, grad_norm)
         optimizer.zero_grad(set_to_none=True)
-        clipped = {f"clipped_{k}": v for k, v in getattr(optimizer, "clipped", {}).items() if v is not None}
-        log.add(optimizer.param_groups[0]["lr"], {"train_loss": total, "grad_norm": norm, **clipped}, looks)
 
-        # log, evaluate, save
-        step += 1
-        last, leave = step == s.steps, world.any(bool(stop))
-        to_eval, to_save = last or step % s.eval_every == 0, last or leave or step % s.save_every == 0
+        # log, evaluate, save, each every so many steps
+        last = step == s.steps
+        stopping = dist.any_rank(stop_signal.number is not None)
+        to_eval = last or step % s.eval_every == 0
+        to_save = last or stopping or step % s.save_every == 0
         if to_eval or to_save or step % s.log_every == 0:
-            spent, diverged = log.flush(step, began)
-            seconds += spent
+            diverged = metrics.flush(step)
             if to_eval and not diverged:
-                loss, *more = evaluate(model, valid, s.eval_tokens, rows, world, token_group)
-                log.evaluation(step, loss, *more)
-                diverged = None if math.isfinite(loss) else step
+                val_loss = metrics.log_eval(step, *run_eval())
+                diverged = not math.isfinite(val_loss)
             if diverged:
-                return log.final("diverged", diverged, None, seconds)
+                metrics.finish("diverged", None)
+                return 0
             if to_save:
-                folder.save(step, seconds, loss, model, optimizer)
-            began = time.perf_counter()
-        if leave and not last:
-            log.say(f"stopped by a signal after step {step}, saved in {s.out}: the same command goes on from here")
-            sys.exit(128 + (stop or [signal.SIGTERM])[0])
-    log.final("done", s.steps, loss, seconds)
+                run_dir.save(step, metrics.seconds, val_loss, model, optimizer)
+            metrics.start_clock()
+        if stopping and not last:
+            dist.print0(f"stopped by a signal after step {step}, saved in {s.out}: the same "
+                        "command goes on from here")
+            return 128 + (stop_signal.number or signal.SIGTERM)  # it may have come to another rank
+    metrics.finish("done", val_loss)
+    return 0
 
 
 def main():
+    s = parse(sys.argv[1:])
     try:
-        train(parse(sys.argv[1:]))
-    except (UserError, DataError) as e:
-        status = getattr(e, "status", 1)
-        if status != 2 or int(os.environ.get("RANK", 0)) == 0:  # bad settings are the same on every rank
-            print(f"train.py: {e}", file=sys.stderr)
-        sys.exit(status)
+        status = train(s)
+    except UserError as e:
+        print(f"train.py: {e}", file=sys.stderr)
+        sys.exit(1)
     except torch.OutOfMemoryError:
-        sys.exit("train.py: the GPU's memory is full: lower --micro_batch")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        print("train.py: the GPU's memory is full: lower --micro_batch", file=sys.stderr)
+        sys.exit(1)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
         sys.stdout.flush()
-        os._exit(0)  # gloo's threads may still hold tensors, and abort while Python goes down (pytorch issue 179291)
+        os._exit(status)  # gloo's threads may abort at a normal exit (pytorch issue 179291)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,12 @@ def prepare(*words, **options):
     return python(ROOT / "data" / "prepare.py", *words, **options)
 
 
+def experiment(name, *words, **options):
+    """Run `python -m experiments.NAME` in any folder."""
+    options.setdefault("env", {**os.environ, "PYTHONPATH": str(ROOT)})
+    return python("-m", f"experiments.{name}", *words, **options)
+
+
 def settings(**changes):
     return [f"--{k}={v}" for k, v in {**TINY, **changes}.items()]
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from loader import IGNORE, Batches, DataError, Sequences, eval_blocks, fingerprint, open_shard, token_counts
+from loader import (IGNORE_INDEX, BatchSampler, TokenDataset, UserError, eval_batches, fingerprint,
+                    open_shard, token_counts)
 
 
 def shard(path, tokens, magic=20240520, version=1, claim=None):
@@ -26,7 +27,7 @@ def numbers(tmp_path):
 
 
 def test_stream_sequences_predict_the_next_token_and_stay_in_their_shard(numbers):
-    sequences = Sequences(numbers, "train")
+    sequences = TokenDataset(numbers, "train")
     x, y = sequences[np.arange(len(sequences))]
     assert x.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15], [100, 101, 102, 103], [104, 105, 106, 107]]
     assert torch.equal(y, x + 1)
@@ -34,10 +35,10 @@ def test_stream_sequences_predict_the_next_token_and_stay_in_their_shard(numbers
 
 def test_rows_ignore_padding_and_the_last_position(rows):
     meta = json.loads((rows / "meta.json").read_text())
-    sequences = Sequences(rows, "train")
+    sequences = TokenDataset(rows, "train")
     x, y = sequences[np.arange(len(sequences))]
-    assert torch.equal(y[:, :-1][y[:, :-1] != IGNORE], x[:, 1:][x[:, 1:] != meta["pad_id"]])
-    assert (y[:, -1] == IGNORE).all() and ((y == meta["eos_id"]).sum(1) == 1).all()
+    assert torch.equal(y[:, :-1][y[:, :-1] != IGNORE_INDEX], x[:, 1:][x[:, 1:] != meta["pad_id"]])
+    assert (y[:, -1] == IGNORE_INDEX).all() and ((y == meta["eos_id"]).sum(1) == 1).all()
     counts = np.load(rows / "token_counts.npy")
     assert counts.sum() == (x != meta["pad_id"]).sum() and counts[meta["pad_id"]] == 0
 
@@ -45,39 +46,39 @@ def test_rows_ignore_padding_and_the_last_position(rows):
 @pytest.mark.parametrize("layout", ["stream", "rows"])
 @pytest.mark.parametrize("world", [2, 4])
 def test_world_size_does_not_change_the_batches(layout, world, request):
-    sequences = Sequences(request.getfixturevalue(layout), "train")
+    sequences = TokenDataset(request.getfixturevalue(layout), "train")
     for step in (0, 3, 1000):  # 1000 lies epochs ahead
-        x, y, n = Batches(sequences, 8, seed=1)(step)
-        parts = [Batches(sequences, 8, seed=1)(step, rank, world) for rank in range(world)]
+        x, y, n = BatchSampler(sequences, 8, seed=1)(step)
+        parts = [BatchSampler(sequences, 8, seed=1)(step, rank, world) for rank in range(world)]
         assert torch.equal(torch.cat([p[0] for p in parts]), x) and torch.equal(torch.cat([p[1] for p in parts]), y)
-        assert n == (y != IGNORE).sum() and all(p[2] == n for p in parts)
+        assert n == (y != IGNORE_INDEX).sum() and all(p[2] == n for p in parts)
 
 
 def test_an_epoch_takes_each_sequence_once_and_the_next_another_order(stream):
-    sequences = Sequences(stream, "train")
-    batches = Batches(sequences, 8, seed=1)
-    epochs = [np.concatenate([batches.numbers(e * batches.per_epoch + k) for k in range(batches.per_epoch)]) for e in (0, 1)]
+    sequences = TokenDataset(stream, "train")
+    batches = BatchSampler(sequences, 8, seed=1)
+    epochs = [np.concatenate([batches.indices(e * batches.steps_per_epoch + k) for k in range(batches.steps_per_epoch)]) for e in (0, 1)]
     for epoch in epochs:
-        assert len(set(epoch)) == len(epoch) == batches.per_epoch * 8 <= len(sequences) < len(epoch) + 8
+        assert len(set(epoch)) == len(epoch) == batches.steps_per_epoch * 8 <= len(sequences) < len(epoch) + 8
     assert (epochs[0] != epochs[1]).any()
-    assert (Batches(sequences, 8, seed=2).numbers(0) != batches.numbers(0)).any()
+    assert (BatchSampler(sequences, 8, seed=2).indices(0) != batches.indices(0)).any()
 
 
 @pytest.mark.parametrize("layout", ["stream", "rows"])
 def test_the_evaluation_set_is_the_same_for_any_world_and_block(layout, request):
-    sequences = Sequences(request.getfixturevalue(layout), "val")
+    sequences = TokenDataset(request.getfixturevalue(layout), "val")
 
     def seen(rows, world):
-        blocks = [list(eval_blocks(sequences, 300, rows, rank, world)) for rank in range(world)]
+        blocks = [list(eval_batches(sequences, 300, rows, rank, world)) for rank in range(world)]
         assert len({len(b) for b in blocks}) == 1 and all(x.shape == y.shape == (rows, 32) for b in blocks for x, y in b)
-        return sorted(tuple(row.tolist()) for b in blocks for _, y in b for row in y if (row != IGNORE).any())
+        return sorted(tuple(row.tolist()) for b in blocks for _, y in b for row in y if (row != IGNORE_INDEX).any())
     whole = seen(1, 1)
-    assert 300 <= sum(t != IGNORE for row in whole for t in row) < 300 + 32
+    assert 300 <= sum(t != IGNORE_INDEX for row in whole for t in row) < 300 + 32
     assert all(seen(rows, world) == whole for rows, world in ((4, 1), (3, 2), (16, 4)))
 
 
 def test_more_evaluation_tokens_than_there_are_takes_all(numbers):
-    assert sum(int((y != IGNORE).sum()) for _, y in eval_blocks(Sequences(numbers, "val"), 10**9, 3)) == 40
+    assert sum(int((y != IGNORE_INDEX).sum()) for _, y in eval_batches(TokenDataset(numbers, "val"), 10**9, 3)) == 40
 
 
 @pytest.mark.parametrize("make, words", [
@@ -90,54 +91,54 @@ def test_more_evaluation_tokens_than_there_are_takes_all(numbers):
     (lambda p: p.write_bytes(b"x" * 100), "header")])
 def test_bad_shards_are_named(tmp_path, make, words):
     make(tmp_path / "train_000000.bin")
-    with pytest.raises(DataError, match=f"train_000000.bin.*{words}"):
+    with pytest.raises(UserError, match=f"train_000000.bin.*{words}"):
         open_shard(tmp_path / "train_000000.bin")
 
 
 def test_a_token_outside_the_vocabulary_is_named(numbers):
     shard(numbers / "train_000001.bin", [100, 101, 102, 103, 104, 250, 106, 107, 108])
-    sequences = Sequences(numbers, "train")
-    with pytest.raises(DataError, match="train_000001.bin.*250.*vocab_size 200"):
+    sequences = TokenDataset(numbers, "train")
+    with pytest.raises(UserError, match="train_000001.bin.*250.*vocab_size 200"):
         sequences[np.array([5])]
 
 
 def test_a_shard_that_changes_is_named(numbers):
-    sequences = Sequences(numbers, "train")
+    sequences = TokenDataset(numbers, "train")
     path = numbers / "train_000001.bin"
     old = path.read_bytes()
     for change in (lambda: path.write_bytes(old[:-4]), path.unlink):
         change()
         assert sequences[np.array([1])][0].tolist() == [[4, 5, 6, 7]]  # the other shard is as it was
-        with pytest.raises(DataError, match="train_000001.bin was changed"):
+        with pytest.raises(UserError, match="train_000001.bin was changed"):
             sequences[np.array([1, 5])]
 
 
 def test_bad_directories_are_named(numbers, tmp_path):
-    with pytest.raises(DataError, match="no data directory"):
-        Sequences(tmp_path / "none", "train")
+    with pytest.raises(UserError, match="no data directory"):
+        TokenDataset(tmp_path / "none", "train")
     meta = json.loads((numbers / "meta.json").read_text())
     for change, words in (({"complete": False}, "again to finish"), ({"layout": "heap"}, "heap"), ({"vocab_size": 70000}, "70000"),
                           ({"seq_len": "many"}, "seq_len"), ({"vocab_size": "4096"}, "vocab_size"), ({"pad_id": None}, "pad_id"),
                           ({"shards": 2}, "shards"), ({"shards": {"val": 1}}, "says None"),
                           ({"shards": {"train": 3, "val": 1}}, "has 2 train_")):
         (numbers / "meta.json").write_text(json.dumps({**meta, **change}))
-        with pytest.raises(DataError, match=words):
-            Sequences(numbers, "train")
+        with pytest.raises(UserError, match=words):
+            TokenDataset(numbers, "train")
     (numbers / "meta.json").write_text("{")
-    with pytest.raises(DataError, match="meta.json is broken"):
-        Sequences(numbers, "train")
+    with pytest.raises(UserError, match="meta.json is broken"):
+        TokenDataset(numbers, "train")
     (numbers / "meta.json").unlink()
     for path in numbers.glob("val_*.bin"):
         path.unlink()
-    with pytest.raises(DataError, match="meta.json is missing"):
-        Sequences(numbers, "train")
+    with pytest.raises(UserError, match="meta.json is missing"):
+        TokenDataset(numbers, "train")
 
 
 def test_shards_of_llm_c_as_they_are(tmp_path):
     shard(tmp_path / "fineweb_train_000002.bin", range(1000, 1600))
     shard(tmp_path / "fineweb_train_000001.bin", range(600))
     shard(tmp_path / "tiny_shakespeare_val.bin", [50256] * 300)
-    train, val = Sequences(tmp_path, "train"), Sequences(tmp_path, "val")
+    train, val = TokenDataset(tmp_path, "train"), TokenDataset(tmp_path, "val")
     assert len(train) == 4 and len(val) == 1 and train.vocab_size == 50257
     x, y = train[np.array([0, 3])]
     assert x[0, 0] == 0 and x[1, 0] == 1256 and torch.equal(y, x + 1) and token_counts(tmp_path, 50257) is None
@@ -147,8 +148,8 @@ def test_shards_of_llm_c_as_they_are(tmp_path):
 
 
 def test_too_little_text_is_said(numbers):
-    with pytest.raises(DataError, match="6 sequences, fewer than --batch_size=7"):
-        Batches(Sequences(numbers, "train"), 7, seed=0)
+    with pytest.raises(UserError, match="6 sequences, fewer than --batch_size=7"):
+        BatchSampler(TokenDataset(numbers, "train"), 7, seed=0)
     shard(numbers / "val_000000.bin", range(4))
-    with pytest.raises(DataError, match="val is shorter than one sequence"):
-        Sequences(numbers, "val")
+    with pytest.raises(UserError, match="val is shorter than one sequence"):
+        TokenDataset(numbers, "val")

@@ -5,7 +5,7 @@ import torch
 
 from conftest import ROOT, python
 from model import Config, LLaMA
-from optim import ClippedSGD, build
+from optim import ClippedSGD, build_optimizer
 
 SHAPES = [(40, 8), (8, 8), (8,), (3, 5, 2)]  # the first one is the output layer: 40 token classes
 
@@ -136,16 +136,16 @@ def test_the_momentum_keeps_what_was_clipped_and_zero_gradients_move_nothing(for
     torch.testing.assert_close(w.detach(), torch.full((4, 3), 1 - 1e-4))
 
 
-def test_report_counts_what_was_clipped():
+def test_clip_fraction_counts_what_was_clipped():
     head, other = torch.nn.Parameter(torch.ones(4, 3)), torch.nn.Parameter(torch.ones(5))
     optimizer = ClippedSGD([{"params": [head], "token_clip": 1.0}, {"params": [other]}], lr=1.0, momentum=0.0, update_clip=0.5)
     head.grad = torch.tensor([5.0, 0.1, 0.1, 0.0])[:, None].expand(4, 3).contiguous()  # one row of four over 1
     other.grad = torch.full((5,), 2.0)                                                 # rms 2 over 0.5; head's is below
     optimizer.step()
-    assert optimizer.clipped == {}
-    optimizer.report = True
+    assert optimizer.clip_fraction == {"tensors": None, "rows": None}
+    optimizer.track_clipping = True
     optimizer.step()
-    assert optimizer.clipped["rows"].item() == 0.25 and optimizer.clipped["tensors"].item() == 0.5
+    assert optimizer.clip_fraction["rows"].item() == 0.25 and optimizer.clip_fraction["tensors"].item() == 0.5
 
 
 @pytest.mark.parametrize("options, words", [
@@ -171,9 +171,9 @@ def test_closure_and_parameters_without_gradient():
 
 
 @pytest.mark.parametrize("name", ["clipped_sgd", "sgd", "adamw"])
-def test_build_has_each_parameter_once_and_clips_the_output_layer_alone(name):
+def test_build_optimizer_has_each_parameter_once_and_clips_the_output_layer_alone(name):
     model = LLaMA(Config.named("nano", 50))
-    optimizer = build(name, model, 1.0)
+    optimizer = build_optimizer(name, model, 1.0)
     ids = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(ids) == sorted(id(p) for p in model.parameters())
     clipped = [p for group in optimizer.param_groups if group.get("token_clip") for p in group["params"]]
@@ -193,7 +193,7 @@ def test_accelerate_takes_the_steps_that_it_takes_alone():
     for prepare in (False, True):
         torch.manual_seed(0)
         model = LLaMA(Config.named("micro", 50))
-        optimizer = build("clipped_sgd", model, 100.0)
+        optimizer = build_optimizer("clipped_sgd", model, 100.0)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
         if prepare:
             helper = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)

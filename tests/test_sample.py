@@ -8,10 +8,9 @@ import torch
 
 import train
 from conftest import ROOT, documents, metrics, one_line, python, settings
-from loader import read_meta
+from loader import UserError, read_meta
 from model import Config, LLaMA
-from run import UserError
-from sample import Tokenizer, export, generate, load, pretrained
+from sample import Tokenizer, export, generate, load_pretrained, load_run
 
 SAMPLE = ROOT / "sample.py"
 
@@ -41,8 +40,8 @@ def test_text_from_a_run(run, stream):
 
 
 def test_draws_follow_the_model(run):
-    model, meta, folder = load(run)
-    ids = Tokenizer(meta, folder).encode("tea")
+    model, data, meta = load_run(run)
+    ids = Tokenizer(data, meta).encode("tea")
     p = (model(torch.tensor([ids]))[0, -1] / 0.5).softmax(0)
     top = p.topk(3)
     torch.manual_seed(0)
@@ -57,16 +56,16 @@ def test_draws_follow_the_model(run):
 
 
 def test_the_way_to_hugging_face_and_back(run, hf, stream, tmp_path):
-    model = load(run)[0]
+    model = load_run(run)[0]
     back = LLaMA(model.config)
-    back.load_state_dict(pretrained(hf, model.config))
+    back.load_state_dict(load_pretrained(hf, model.config))
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), back.state_dict().values()))
     train.train(train.parse(settings(data=stream, out=tmp_path / "on", init_from=hf)))
     last = [x for x in metrics(run) if "val_tokens" in x][-1]
     assert metrics(tmp_path / "on")[0]["val_loss"] == pytest.approx(last["val_loss"], rel=1e-6)
     scaled = LLaMA(Config.named("nano", 500, embedding="scale"))
-    export(scaled, tmp_path / "scaled", 32, Tokenizer(read_meta(stream), stream))
-    again = pretrained(tmp_path / "scaled", scaled.config)
+    export(scaled, tmp_path / "scaled", 32, Tokenizer(stream, read_meta(stream)))
+    again = load_pretrained(tmp_path / "scaled", scaled.config)
     assert all(torch.allclose(again[k], v) for k, v in scaled.state_dict().items())
 
 
@@ -76,7 +75,7 @@ def test_transformers_gives_the_same_logits(embedding, stream, tmp_path):
     torch.manual_seed(0)
     model = LLaMA(Config.named("nano", 500, embedding=embedding, init="small"))
     meta = read_meta(stream)
-    export(model, tmp_path, 32, Tokenizer(meta, stream))
+    export(model, tmp_path, 32, Tokenizer(stream, meta))
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
     tokens = torch.randint(500, (2, 32))
     with torch.no_grad():
@@ -86,7 +85,7 @@ def test_transformers_gives_the_same_logits(embedding, stream, tmp_path):
     for text in [t.replace("</s>", "").replace("<unk>", "") for t in documents(50)] + ["\n\n  a\tb \n", "", "日本 x"]:
         assert tokenizer(text)["input_ids"] == ours.encode(text) and tokenizer.decode(ours.encode(text)) == text
     theirs.save_pretrained(tmp_path / "again")  # what transformers writes comes back too
-    again = pretrained(tmp_path / "again", Config.named("nano", 500))
+    again = load_pretrained(tmp_path / "again", Config.named("nano", 500))
     assert torch.equal(again["lm_head.weight"], model.lm_head.weight)
 
 
@@ -103,7 +102,7 @@ def test_the_readmes_loop_with_transformers(hf, monkeypatch):
 
 def load_loss(hf, batch):
     model = LLaMA(Config.named("nano", 500))
-    model.load_state_dict(pretrained(hf, model.config))
+    model.load_state_dict(load_pretrained(hf, model.config))
     return model(batch[:, :-1], batch[:, 1:]).item() / batch[:, 1:].numel()
 
 
@@ -120,12 +119,12 @@ def test_what_is_refused(run, hf, stream, tmp_path):
     for broken in (good[:-1], good[:50], b"", b"\xff" * 99, good[:8] + b"[" + good[9:]):
         (bad / "model.safetensors").write_bytes(broken)
         with pytest.raises(UserError, match="export it again"):
-            pretrained(bad, config)
+            load_pretrained(bad, config)
     with pytest.raises(UserError, match=r"lm_head.weight \[500, 128\] \(here \[600, 128\]\)"):
-        pretrained(hf, Config.named("nano", 600))
+        load_pretrained(hf, Config.named("nano", 600))
     other = json.loads((bad / "config.json").read_text()) | {"rope_theta": 500000.0}
     (bad / "config.json").write_text(json.dumps(other))
     (bad / "model.safetensors").write_bytes(good)
     with pytest.raises(UserError, match="rope_theta 500000.0"):
-        pretrained(bad, config)
+        load_pretrained(bad, config)
     assert not (tmp_path / "run").exists()

@@ -16,8 +16,8 @@ import torch
 
 import train
 from conftest import ROOT, TINY, launch, metrics, one_line, python, result, run, same_end, settings, wait_for
-from diagnostics import Probe, frequency_groups
-from loader import Batches, Sequences, eval_blocks
+from loader import BatchSampler, TokenDataset, eval_batches
+from metrics import Diagnostics, frequency_groups
 from model import Config, LLaMA
 
 
@@ -53,7 +53,7 @@ def test_metrics_config_and_schedule(whole, stream):
     assert [x["step"] for x in steps] == list(range(1, 13)) and [x["tokens"] for x in steps] == [8 * 32 * k for k in range(1, 13)]
     evals = [x for x in lines if "val_tokens" in x]
     group = frequency_groups(torch.from_numpy(np.load(stream / "token_counts.npy")))
-    first = next(eval_blocks(Sequences(stream, "val"), 500, 16))[1]  # 16 sequences of 32: the whole evaluation set
+    first = next(eval_batches(TokenDataset(stream, "val"), 500, 16))[1]  # 16 sequences of 32: the whole evaluation set
     share = torch.bincount(group[first.flatten()], minlength=10) / first.numel()
     for x in evals:
         assert len(x["group_losses"]) == 10
@@ -73,15 +73,11 @@ def test_metrics_config_and_schedule(whole, stream):
 def test_the_loss_in_the_log_is_the_mean_over_the_whole_batch(stream, tmp_path):
     torch.manual_seed(42)
     model = LLaMA(Config.named("nano", 500))
-    x, y, _ = Batches(Sequences(stream, "train"), 8, 42)(0)
-    losses = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="none")
-    counts = torch.from_numpy(np.load(stream / "token_counts.npy"))
-    weights = {None: counts > -1, "inv": 1 / counts, "inv_sqrt": 1 / counts.sqrt()}
-    for name, w in weights.items():
-        mean = (w * counts)[counts > 0].sum() / counts.sum()  # 1 for the mean token of the training set
-        here(data=stream, out=tmp_path / str(name), steps=1, warmup=0, micro_batch=2, **{"loss_weighting": name})
-        first = next(x for x in metrics(tmp_path / str(name)) if "train_loss" in x)
-        assert first["train_loss"] == pytest.approx((losses * w[y.flatten()]).mean().item() / mean.item(), rel=1e-4)
+    x, y, _ = BatchSampler(TokenDataset(stream, "train"), 8, 42)(0)
+    mean = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).item()
+    here(data=stream, out=tmp_path / "run", steps=1, warmup=0, micro_batch=2)
+    first = next(x for x in metrics(tmp_path / "run") if "train_loss" in x)
+    assert first["train_loss"] == pytest.approx(mean, rel=1e-5)
 
 
 def test_a_finished_run_is_left_alone(whole, stream, capsys):
@@ -157,13 +153,13 @@ def test_the_baselines_learn(optimizer, more, stream, tmp_path):
 
 def test_the_readmes_exercise_adds_an_optimizer(stream, tmp_path):
     """Its lines, put where it says, into a copy of the code."""
-    code = re.search(r"```python\n(class Signum.*?)\n\n( +if name.*?)  # in build\n(.*?)\n\n(.*?)  # in USES",
+    code = re.search(r"```python\n(class Signum.*?)\n\n( +if name.*?)  # in build_optimizer\n(.*?)\n\n(.*?)  # in OPTIMIZER_SETTINGS",
                      (ROOT / "README.md").read_text(), re.S)
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
-    for name, old, new in (("optim.py", "def build(", f"{code[1]}\n\n\ndef build("),
+    for name, old, new in (("optim.py", "def build_optimizer(", f"{code[1]}\n\n\ndef build_optimizer("),
                            ("optim.py", "    raise ValueError(f\"no optimizer", f"{code[2]}\n{code[3]}\n    raise ValueError(f\"no optimizer"),
-                           ("train.py", "USES = {", f"USES = {{{code[4]}, ")):
+                           ("train.py", "OPTIMIZER_SETTINGS = {", f"OPTIMIZER_SETTINGS = {{{code[4]}, ")):
         text = (tmp_path / name).read_text()
         assert text.count(old) == 1
         (tmp_path / name).write_text(text.replace(old, new))
@@ -276,14 +272,14 @@ def test_a_slurm_job_saves_and_queues_itself_again(stream, tmp_path):
                        "scontrol": f'[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> {tmp_path}/said'}.items():
         (bin / name).write_text(f"#!/bin/sh\n{body}\n")
         (bin / name).chmod(0o755)
-    for path in (*ROOT.glob("*.py"), ROOT / "slurm.sh"):
+    for path in (*ROOT.glob("*.py"), ROOT / "dev"):
         (tmp_path / "repo" / path.name).symlink_to(path)
     env = {**os.environ, "PATH": f"{bin}:{os.environ['PATH']}", "SLURM_NNODES": "1", "SLURM_JOB_ID": "7",
            "SLURM_JOB_NODELIST": "here", "SLURM_GPUS_ON_NODE": "1"}
     out = tmp_path / "run"
 
     def job(steps):
-        return subprocess.Popen(["bash", "slurm.sh", *settings(data=stream, out=out, steps=steps, log_every=1)],
+        return subprocess.Popen(["bash", "dev/slurm.sh", *settings(data=stream, out=out, steps=steps, log_every=1)],
                                 cwd=tmp_path / "repo", env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     first = job(5000)
     wait_for(out, 3, first)
@@ -320,7 +316,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(stream, tmp_path):
     (["--lr=0"], ["--lr", "above 0"]), (["--lr=-1"], ["--lr", "above 0"]), (["--lr=nan"], ["--lr"]), (["--lr=1", "--steps=0"], ["--steps"]),
     (["--warmup=1.5"], ["--warmup", "fraction"]), (["--warmup=50"], ["--warmup", "fraction"]), (["--momentum=1"], ["--momentum"]),
     (["--model=7b"], ["7b", "130m"]), (["--optimizer=lion"], ["lion", "adamw"]), (["--out="], ["--out"]), (["--dtype=fp8"], ["fp8"]),
-    (["--embedding=big"], ["--embedding=big", "detach, norm, scale"]), (["--loss_weighting=1"], ["inv_sqrt"]),
+    (["--embedding=big"], ["--embedding=big", "detach, norm, scale"]),
     (["--optimizer=adamw", "--lr=1", "--token_clip=1"], ["--token_clip", "adamw"]), (["--seed=-1"], ["--seed"]),
     (["--optimizer=sgd"], ["--lr is missing"]), (["--seed=36893488147419103232"], ["--seed"]),
     (["--batch_size=8", "--micro_batch=3"], ["--micro_batch=3", "8"]), (["--batch_size=100000"], ["100000"]),
@@ -354,8 +350,6 @@ def test_bad_data(stream, tmp_path, capsys, monkeypatch):
     for bad in (b"", b"12", good):
         (data / "token_counts.npy").write_bytes(bad)
         refuse(capsys, monkeypatch, "token_counts.npy", "500", data=data, out=tmp_path / "run")
-    (data / "token_counts.npy").unlink()
-    refuse(capsys, monkeypatch, "--loss_weighting", "token_counts.npy", data=data, out=tmp_path / "run", loss_weighting="inv")
     (data / "meta.json").write_text("{")
     refuse(capsys, monkeypatch, "meta.json", "broken", data=data, out=tmp_path / "run")
     (data / "meta.json").unlink()
@@ -402,8 +396,8 @@ def test_a_bad_checkpoint_is_refused(whole, stream, tmp_path, capsys, monkeypatc
 def test_a_world_that_does_not_divide_the_batch(stream, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun does
     words = dict(data=stream, out=tmp_path / "run")
-    refuse(capsys, monkeypatch, "--batch_size=9 does not divide among 2 processes", batch_size=9, **words)
-    refuse(capsys, monkeypatch, "--micro_batch=8 does not divide the 4 sequences", batch_size=8, micro_batch=8, **words)
+    refuse(capsys, monkeypatch, "--batch_size=9: it does not divide among 2 processes", batch_size=9, **words)
+    refuse(capsys, monkeypatch, "--micro_batch=8: it does not divide the 4 sequences", batch_size=8, micro_batch=8, **words)
     monkeypatch.setenv("RANK", "1")  # the others are silent
     monkeypatch.setattr(sys, "argv", ["train.py", *settings(batch_size=9, **words)])
     with pytest.raises(SystemExit):
@@ -427,7 +421,7 @@ def test_frequency_groups_hold_equal_shares():
     assert frequency_groups(torch.tensor([0, 90, 0, 10]), 10).tolist() == [9, 4, 9, 9]  # one class over several groups
 
 
-def test_the_looks_are_what_they_say(stream, tmp_path):
+def test_the_diagnostics_are_what_they_say(stream, tmp_path):
     """Plain SGD's effective learning rate is its learning rate; the others against the definitions, on one batch."""
     out = tmp_path / "run"
     here(data=stream, out=out, optimizer="sgd", momentum=0, lr=0.1, diag_every=3)
@@ -438,8 +432,8 @@ def test_the_looks_are_what_they_say(stream, tmp_path):
     model = LLaMA(Config(hidden=32, ffn=48, layers=1, heads=2, vocab_size=97))
     tokens = torch.randint(97, (4, 16))
     model(tokens, tokens).backward()
-    looks = Probe(model).before()
+    found = Diagnostics(model).before_step()
     ratios = [(p.norm() / p.grad.norm()).item() for p in model.parameters()]
     rows = model.lm_head.weight.grad.norm(dim=1)
-    assert looks["weight_to_gradient"].item() == pytest.approx(sum(ratios) / len(ratios), rel=1e-4)
-    assert looks["imbalance"].item() == pytest.approx((rows.max() / rows.mean()).item(), rel=1e-4)
+    assert found["weight_to_gradient"].item() == pytest.approx(sum(ratios) / len(ratios), rel=1e-4)
+    assert found["imbalance"].item() == pytest.approx((rows.max() / rows.mean()).item(), rel=1e-4)

@@ -1,0 +1,270 @@
+"""What surrounds the loop: the processes of a run (Dist) and its folder on disk (RunDir)."""
+import fcntl
+import functools
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import time
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed
+
+from loader import UserError
+
+
+class Dist:
+    """The processes of this run: torchrun's, or this one alone. Raises UserError without a GPU."""
+
+    def __init__(self, device):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = torch.device("cpu")
+        if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            if self.device.index >= torch.cuda.device_count():
+                raise UserError(f"process {self.rank} has no GPU, there are "
+                                f"{torch.cuda.device_count()} on this node: set --nproc_per_node "
+                                "to their number, or --device=cpu")
+            torch.cuda.set_device(self.device)
+        if self.size > 1:
+            store = {}
+            restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            if restarts != "0" and os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+                # After --max_restarts torchrun's store still has the addresses of the dead
+                # processes (pytorch issue 167288); on one node a prefix tells new from old.
+                old, rank, size = next(torch.distributed.rendezvous("env://"))
+                store["store"] = torch.distributed.PrefixStore(restarts, old)
+                store |= {"rank": rank, "world_size": size}
+            gpu = self.device.type == "cuda"
+            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", **store)
+
+    def any_rank(self, flag):
+        """Whether `flag` is true on some rank."""
+        return bool(self.sum(torch.tensor(int(flag))))
+
+    def all_ranks(self, flag):
+        """Whether `flag` is true on every rank."""
+        return not self.any_rank(not flag)
+
+    def sum(self, tensor):
+        """Sums a tensor over the ranks, in place."""
+        if self.size > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def broadcast(self, value):
+        """Rank 0's value, on every rank."""
+        values = [value]
+        if self.size > 1:
+            torch.distributed.broadcast_object_list(values)
+        return values[0]
+
+    def rank0_first(self, function, *args):
+        """Calls function(*args) on rank 0, then on the others. If it raises UserError on rank 0,
+        the others exit in silence, so that an error is reported once."""
+        result, error = None, None
+        if self.rank == 0:
+            try:
+                result = function(*args)
+            except UserError as e:
+                error = e
+        if self.any_rank(error is not None):
+            raise error or SystemExit(1)
+        return result if self.rank == 0 else function(*args)
+
+    def print0(self, text):
+        if self.rank == 0:
+            print(text, flush=True)
+
+
+class StopSignal:
+    """`number` is None until SIGTERM or Ctrl-C comes, so that the loop can finish its step and
+    save. A second Ctrl-C ends the run at once."""
+
+    def __init__(self):
+        self.number = None
+        signal.signal(signal.SIGTERM, self.handle)
+        signal.signal(signal.SIGINT, self.handle)
+
+    def handle(self, number, frame):
+        self.number = number
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def rank0(method):
+    """Makes a method of RunDir run on rank 0 only. Every rank gets its result, and its UserError
+    ends all of them."""
+    @functools.wraps(method)
+    def wrapper(self, *args):
+        def call():
+            return method(self, *args) if self.dist.rank == 0 else None
+        return self.dist.broadcast(self.dist.rank0_first(call))
+    return wrapper
+
+
+class RunDir:
+    """config.json, metrics.jsonl and ckpt.pt of one run. `identity`, a dict of settings, tells it
+    from other runs. All ranks call the methods, which raise UserError."""
+
+    def __init__(self, path, identity, dist):
+        self.path, self.identity, self.dist = Path(path), identity, dist
+        self.config = self.path / "config.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.ckpt = self.path / "ckpt.pt"
+
+    @rank0
+    def acquire(self, about):
+        """Creates and locks the folder, or checks that it holds this run. config.json gets the dict
+        `about`. Returns the final line of metrics.jsonl if the run is finished, else None."""
+        try:
+            if self.config.exists():
+                self.check_identity(self.config, json.loads(self.config.read_text()))
+            elif self.path.is_dir():
+                if {p.name for p in self.path.iterdir()} - {"lock", "config.json.tmp"}:
+                    raise UserError(f"--out={self.path} holds other files and no run: choose "
+                                    "another")
+            self.path.mkdir(parents=True, exist_ok=True)
+            if final := self.final_line():
+                return final
+            self.lock()
+        except ValueError:
+            raise UserError(f"{self.config} is broken, or not of a run of train.py: choose another "
+                            "--out") from None
+        except OSError as e:
+            raise UserError(f"--out={self.path}: {e.strerror}: choose another") from None
+        if not self.config.exists():
+            config = json.dumps({"identity": self.identity, **about}, indent=1).encode()
+            self.replace(self.config, lambda f: f.write(config))
+
+    def check_identity(self, path, content):
+        """Refuses a file that another run wrote."""
+        theirs = content.get("identity") if isinstance(content, dict) else None
+        if not isinstance(theirs, dict):
+            raise UserError(f"{path} is not of a run of train.py: choose another --out")
+        differ = [f"{name}={theirs.get(name)} (now {self.identity.get(name)})"
+                  for name in sorted({*self.identity, *theirs})
+                  if theirs.get(name) != self.identity.get(name)]
+        if differ:
+            raise UserError(f"{path} belongs to a run with {', '.join(differ)}: choose another "
+                            "--out")
+
+    def final_line(self):
+        try:
+            line = json.loads(self.metrics.read_bytes().splitlines()[-1])
+        except (FileNotFoundError, IndexError, ValueError):  # not there yet, empty or torn
+            return None
+        return line if line.get("final") else None
+
+    def lock(self):
+        """Locks the folder for as long as this process lives."""
+        self.lock_file = open(self.path / "lock", "w")
+        try:
+            fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"--out={self.path}: another process is at work there: wait for it, or "
+                            "choose another") from None
+        except OSError:  # a file system without locks
+            pass
+
+    def replace(self, path, write):
+        """Replaces a file by what write(file) writes: a temporary file, synced, then renamed."""
+        tmp = path.with_name(path.name + ".tmp")
+        try:
+            with open(tmp, "wb") as f:
+                write(f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(tmp, path)
+        except (OSError, RuntimeError) as e:  # torch.save turns a failed write into a RuntimeError
+            tmp.unlink(missing_ok=True)
+            reason = getattr(e, "strerror", None) or "is the disk full?"
+            raise UserError(f"could not write {path} ({reason}): what was there is kept; make room "
+                            "and start again") from None
+
+    @rank0
+    def append(self, lines):
+        """Adds dicts as lines to metrics.jsonl."""
+        try:
+            with open(self.metrics, "a") as f:
+                f.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+        except OSError as e:
+            raise UserError(f"could not write {self.metrics} ({e.strerror}): make room and start "
+                            "again") from None
+
+    @rank0
+    def save(self, step, seconds, val_loss, model, optimizer):
+        """Writes ckpt.pt, whole or not at all."""
+        with open(self.metrics, "ab") as f:
+            os.fsync(f.fileno())
+            metrics_bytes = f.tell()
+        state = {"identity": self.identity, "step": step, "seconds": seconds, "val_loss": val_loss,
+                 "metrics_bytes": metrics_bytes, "model": model.state_dict(),
+                 "optimizer": optimizer.state_dict()}
+        self.replace(self.ckpt, lambda f: torch.save(state, f))
+
+    def load(self, model, optimizer):
+        """Restores ckpt.pt, if there is one, and cuts metrics.jsonl back to it. Returns the steps
+        and seconds done so far, and the last validation loss."""
+        state = self.dist.rank0_first(self.restore, model, optimizer)
+        if self.dist.any_rank(state != self.dist.broadcast(state)):
+            raise UserError(f"the processes see different {self.ckpt}: put --out on a disk that "
+                            "they share")
+        return state
+
+    def restore(self, model, optimizer):
+        size = self.metrics.stat().st_size if self.metrics.exists() else 0
+        if not self.ckpt.exists():
+            step, seconds, val_loss, metrics_bytes = 0, 0.0, None, 0
+        else:
+            try:
+                # torch.load does not verify checksums
+                if self.dist.rank == 0 and zipfile.ZipFile(self.ckpt).testzip():
+                    raise ValueError("wrong checksum")
+                state = torch.load(self.ckpt, map_location="cpu", weights_only=True, mmap=True)
+                self.check_identity(self.ckpt, state)
+                model.load_state_dict(state["model"])
+                optimizer.load_state_dict(state["optimizer"])
+                step, seconds, val_loss = state["step"], state["seconds"], state["val_loss"]
+                metrics_bytes = state["metrics_bytes"]
+            except UserError:
+                raise
+            except Exception as e:  # a torn or foreign file fails in many ways
+                raise UserError(f"{self.ckpt} is damaged or no checkpoint of train.py "
+                                f"({type(e).__name__}): restore it from a copy, or choose another "
+                                "--out to start again") from None
+        if size < metrics_bytes:
+            raise UserError(f"{self.metrics} is shorter than when {self.ckpt} was saved: restore "
+                            "it, or choose another --out to start again")
+        if size and self.dist.rank == 0:
+            os.truncate(self.metrics, metrics_bytes)
+        return step, seconds, val_loss
+
+
+def hardware(device="cpu"):
+    """The name of a GPU, or of the processor and how many of its threads PyTorch uses."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    threads = torch.get_num_threads()
+    plural = "" if threads == 1 else "s"
+    return f"{name[1] if name else platform.machine()}, {threads} thread{plural}"
+
+
+def describe(settings, dist):
+    """What config.json says of a run beside its identity: enough to repeat it."""
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], text=True,
+                                cwd=Path(__file__).parent, capture_output=True).stdout.strip()
+    except OSError:  # no git here
+        commit = ""
+    return {"settings": asdict(settings), "device": hardware(dist.device), "world_size": dist.size,
+            "git_commit": commit or "unknown", "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "numpy": np.__version__}}
