@@ -4,9 +4,9 @@ import http.server
 import importlib.util
 import json
 import os
-import re
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -37,133 +37,241 @@ def is_val(text):
 
 
 def digest(folder):
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.is_file()}
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in folder.iterdir() if p.is_file()}
 
+
+@pytest.fixture
+def module():
+    """data/prepare.py, imported anew."""
+    spec = importlib.util.spec_from_file_location("prepare", ROOT / "data" / "prepare.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---- what is written
 
 def test_stream_is_lossless_in_order_and_split_by_hash(stream):
     sp = sentencepiece.SentencePieceProcessor(model_file=str(stream / "tokenizer.model"))
     meta = json.loads((stream / "meta.json").read_text())
-    texts = documents()
-    for split, wanted in (("train", [t for t in texts if not is_val(t)]), ("val", [t for t in texts if is_val(t)])):
-        got = [sp.decode(ids) for ids in split_documents(tokens(stream, split), meta["eos_id"])]
-        assert got == wanted and meta["documents"][split] == len(wanted)
-        assert meta["tokens"][split] == len(tokens(stream, split))
-    assert meta["vocab_size"] == 500 and meta["tokenizer_sha256"] == hashlib.sha256((stream / "tokenizer.model").read_bytes()).hexdigest()
-    assert np.load(stream / "token_counts.npy").tolist() == np.bincount(tokens(stream, "train"), minlength=500).tolist()
+    for split in ("train", "val"):
+        wanted = [text for text in documents() if is_val(text) == (split == "val")]
+        ids = tokens(stream, split)
+        assert [sp.decode(i) for i in split_documents(ids, meta["eos_id"])] == wanted
+        assert meta["documents"][split] == len(wanted) and meta["tokens"][split] == len(ids)
+    model = (stream / "tokenizer.model").read_bytes()
+    assert meta["tokenizer_sha256"] == hashlib.sha256(model).hexdigest()
+    assert meta["vocab_size"] == 500
+    counts = np.bincount(tokens(stream, "train"), minlength=500)
+    assert np.load(stream / "token_counts.npy").tolist() == counts.tolist()
 
 
 def test_rows_are_documents_cut_or_padded(rows, stream):
     sp = sentencepiece.SentencePieceProcessor(model_file=str(stream / "tokenizer.model"))
     meta = json.loads((rows / "meta.json").read_text())
     got = np.array(tokens(rows, "train")).reshape(-1, 32)
-    train = [t for t in documents() if not is_val(t)]
+    train = [text for text in documents() if not is_val(text)]
     assert len(got) == len(train) == meta["documents"]["train"]
     assert meta["shards"]["train"] >= 3
     for row, text in zip(got.tolist(), train):
         ids = sp.encode(text)[:31] + [meta["eos_id"]]
         assert row == ids + [meta["pad_id"]] * (32 - len(ids))
-    assert meta["padding_share"] == pytest.approx((got == meta["pad_id"]).mean())
+    padding = got == meta["pad_id"]
+    assert meta["padding_share"] == pytest.approx(padding.mean())
+    counts = np.bincount(got[~padding], minlength=500)
+    assert np.load(rows / "token_counts.npy").tolist() == counts.tolist()
 
 
-def test_it_goes_on_where_it_stopped_and_then_has_nothing_to_do(text, rows, stream, tmp_path):
-    words = ("files", text, f"--out={tmp_path}", f"--tokenizer={stream / 'tokenizer.model'}", "--layout=rows", "--seq_len=32",
-             "--shard_chars=20000")
+def test_the_tokenizer_is_trained_with_these_settings(stream):
+    """A change of them would change all data: pad, eos and unk first, the newline, 256 bytes."""
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(stream / "tokenizer.model"))
+    assert [sp.pad_id(), sp.eos_id(), sp.unk_id(), sp.bos_id()] == [0, 1, 2, -1]
+    assert sp.id_to_piece(3) == "\n" and sp.id_to_piece(4) == "<0x00>"
+    assert sp.decode(sp.encode(" a  b\n\n\tc é🙂 ")) == " a  b\n\n\tc é🙂 "
+
+
+def test_it_goes_on_where_it_stopped_and_then_has_nothing_to_do(text, stream, tmp_path):
+    words = ("files", text, f"--out={tmp_path}", f"--tokenizer={stream / 'tokenizer.model'}",
+             "--layout=rows", "--seq_len=32", "--shard_chars=20000")
     assert prepare(*words).returncode == 0
     whole = digest(tmp_path)
     # as if killed while it wrote the third shard
     meta = json.loads((tmp_path / "meta.json").read_text())
-    (tmp_path / "meta.json").write_text(json.dumps({"complete": False, "settings": meta["settings"]}))
+    meta = {"complete": False, "settings": meta["settings"]}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
     os.rename(tmp_path / "train_000002.bin", tmp_path / "train_000002.bin.tmp")
     for gone in ("train_000003.bin", "val_000000.bin", "token_counts.npy"):
         (tmp_path / gone).unlink()
     kept = (tmp_path / "train_000001.bin").stat()
     assert prepare(*words).returncode == 0
     after = (tmp_path / "train_000001.bin").stat()
-    assert digest(tmp_path) == whole and (kept.st_mtime_ns, kept.st_ino) == (after.st_mtime_ns, after.st_ino)
+    assert digest(tmp_path) == whole
+    assert (kept.st_mtime_ns, kept.st_ino) == (after.st_mtime_ns, after.st_ino)
     assert "nothing to do" in prepare(*words).stdout
+
+
+def test_other_data_in_the_directory_is_left_alone(text, stream, tmp_path):
+    words = ("files", text, f"--out={tmp_path}", f"--tokenizer={stream / 'tokenizer.model'}")
+    (tmp_path / "tokenizer.model").write_bytes(b"somebody's")
+    one_line(prepare(*words), tmp_path, "choose another --out")
+    assert digest(tmp_path).keys() == {"tokenizer.model"}
+    (tmp_path / "tokenizer.model").unlink()
+    assert prepare(*words).returncode == 0
+    whole = digest(tmp_path)
     one_line(prepare(*words, "--seq_len=64"), "other settings", "--out")
     assert digest(tmp_path) == whole
+    (tmp_path / "meta.json").write_text("{")
+    one_line(prepare(*words), "choose another --out")
+    assert digest(tmp_path).keys() == whole.keys()
+
+
+def test_settings_can_change_as_long_as_there_is_no_shard(text, stream, tmp_path):
+    words = ("files", text, f"--out={tmp_path}", f"--tokenizer={stream / 'tokenizer.model'}")
+    one_line(prepare(*words, "--val_fraction=0"), "no documents for val", "--val_fraction")
+    assert prepare(*words).returncode == 0
 
 
 def test_text_files_and_plain_json_lines(tmp_path):
-    (tmp_path / "a.txt").write_text("\n\nOne paragraph\nof two lines.\n\n\nAnother.\n" + "".join(f"\n{d}\n" for d in documents(60)).replace("…\n\n", ""))
-    write_jsonl(tmp_path / "b.jsonl", documents(60, seed=1))
-    done = prepare("files", tmp_path / "a.txt", tmp_path / "b.jsonl", f"--out={tmp_path / 'out'}", "--tokenizer=train:400",
-                   "--val_fraction=0.2")
+    paragraphs = [d for d in documents(60) if "\n\n" not in d]
+    (tmp_path / "a.txt").write_text("\n\nOne paragraph\nof two lines.\n\n\nAnother.\n\n"
+                                    + "\n\n".join(paragraphs) + "\n \t\nlast")
+    write_jsonl(tmp_path / "b.jsonl", [*documents(60, seed=1), " \n"])
+    with open(tmp_path / "b.jsonl", "a") as f:
+        f.write("\n \n")  # blank lines and blank documents do not count
+    out = tmp_path / "out"
+    done = prepare("files", tmp_path / "a.txt", tmp_path / "b.jsonl", f"--out={out}",
+                   "--tokenizer=train:400", "--val_fraction=0.2")
     assert done.returncode == 0, done.stderr
-    sp = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "out" / "tokenizer.model"))
-    texts = [sp.decode(ids) for split in ("train", "val") for ids in split_documents(tokens(tmp_path / "out", split), 1)]
-    assert "One paragraph\nof two lines.\n" in texts and "Another.\n" in texts and documents(60, seed=1)[3] in texts
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
+    texts = [sp.decode(ids) for split in ("train", "val")
+             for ids in split_documents(tokens(out, split), 1)]
+    wanted = ["One paragraph\nof two lines.\n", "Another.\n", *(p + "\n" for p in paragraphs),
+              "last", *documents(60, seed=1)]
+    assert sorted(texts) == sorted(wanted)
+
+
+def test_a_text_without_blank_lines_is_no_endless_document(tmp_path, module):
+    (tmp_path / "a.txt").write_text("a line of text\n" * 40_000)
+    found = list(module.read_documents(tmp_path / "a.txt"))
+    assert "".join(found) == "a line of text\n" * 40_000 and max(map(len, found)) < 100_100
 
 
 def test_the_embedded_corpus_is_the_same_twice(tmp_path):
     for name in "ab":
-        done = prepare("python", f"--out={tmp_path / name}", "--max_chars=400000", "--tokenizer=train:600", "--val_fraction=0.3")
+        done = prepare("python", f"--out={tmp_path / name}", "--max_chars=400000",
+                       "--tokenizer=train:600", "--val_fraction=0.3")
         assert done.returncode == 0, done.stderr
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
 
+
+@pytest.mark.parametrize("layout", ["stream", "rows"])
+def test_gpt2_gets_a_piece_for_padding_if_needed(tmp_path, text, layout, module, monkeypatch):
+    encoding = tiktoken.Encoding(  # GPT-2's form, without its 50,000 merges
+        "gpt2", pat_str=r"\S+|\s+", mergeable_ranks={bytes([i]): i for i in range(256)},
+        special_tokens={"<|endoftext|>": 256})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "files", str(text), f"--out={tmp_path}",
+                                      "--tokenizer=gpt2", f"--layout={layout}", "--seq_len=64"])
+    module.main()
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    train = [t.encode() for t in documents() if not is_val(t)]
+    assert (meta["eos_id"], meta["tokenizer"]) == (256, "gpt2")
+    if layout == "rows":
+        assert (meta["vocab_size"], meta["pad_id"]) == (258, 257)
+        wanted = [[*t[:63], 256] + [257] * (63 - len(t[:63])) for t in train]
+        assert np.array(tokens(tmp_path, "train")).reshape(-1, 64).tolist() == wanted
+    else:
+        assert meta["vocab_size"] == 257
+        assert [bytes(ids) for ids in split_documents(tokens(tmp_path, "train"), 256)] == train
+    assert not (tmp_path / "tokenizer.model").exists()
+
+
+# ---- bad input
 
 def broken_gzip(path, text):
     path.write_bytes(text.read_bytes()[:-2000])
 
 
-@pytest.mark.parametrize("name, make, words", [
-    ("none.jsonl", lambda p, t: None, ["no file", "none.jsonl"]),
-    ("cut.json.gz", broken_gzip, ["cut.json.gz", "damaged gzip"]),
-    ("plain.json.gz", lambda p, t: p.write_text("no gzip"), ["plain.json.gz", "damaged gzip"]),
-    ("bad.jsonl", lambda p, t: p.write_text('{"text": "good"}\n{"text": \n'), ["bad.jsonl", "line 2", "not JSON"]),
-    ("field.jsonl", lambda p, t: p.write_text('{"body": "x"}\n'), ["field.jsonl", "line 1", "text"]),
-    ("number.jsonl", lambda p, t: p.write_text('{"text": 7}\n'), ["number.jsonl", "line 1", "not a string"]),
-    ("list.jsonl", lambda p, t: p.write_text('[1]\n'), ["list.jsonl", "line 1"]),
-    ("half.jsonl", lambda p, t: p.write_text('{"text": "\\ud800"}\n'), ["half.jsonl", "surrogate"]),
-    ("latin.txt", lambda p, t: p.write_bytes(b"ok\n\xe9\xe9\n"), ["latin.txt", "UTF-8"]),
-    ("image.png", lambda p, t: p.write_bytes(b"x"), ["image.png", "expected .json"]),
-    ("blank.txt", lambda p, t: p.write_text("\n \n"), ["no documents"])])
+def holds(data):
+    return lambda path, text: path.write_bytes(data)
+
+
+BAD_TEXT = [
+    ("none.jsonl", lambda path, text: None, ["none.jsonl", "No such file"]),
+    ("cut.json.gz", broken_gzip, ["cut.json.gz", "damaged gzip", "after line", "replace"]),
+    ("plain.json.gz", holds(b"no gzip"), ["plain.json.gz", "damaged gzip"]),
+    ("bad.jsonl", holds(b'{"text": "good"}\n{"text": \n'), ["bad.jsonl line 2", "not JSON"]),
+    ("field.jsonl", holds(b'{"body": "x"}\n'), ["field.jsonl line 1", '"text"']),
+    ("number.jsonl", holds(b'{"text": 7}\n'), ["number.jsonl line 1", 'string "text"']),
+    ("list.jsonl", holds(b"[1]\n"), ["list.jsonl line 1", '"text"']),
+    ("deep.jsonl", holds(b"[" * 100_000), ["deep.jsonl line 1"]),
+    ("half.jsonl", holds(b'{"text": "\\ud800"}\n'), ["half.jsonl line 1", "surrogate"]),
+    ("latin.txt", holds(b"ok\n\xe9\xe9\n"), ["latin.txt", "UTF-8"]),
+    ("image.png", holds(b"x"), ["image.png", "expected .json"]),
+    ("image.jsonl", holds(b"\x89PNG\r\n"), ["image.jsonl", "UTF-8"]),
+    ("a.txt.md", holds(b"text"), ["a.txt.md", "expected .json, .jsonl or .txt"]),
+    ("blank.txt", holds(b"\n \n"), ["no documents"])]
+
+
+@pytest.mark.parametrize("name, make, words", BAD_TEXT)
 def test_bad_text_is_one_line_and_leaves_no_shard(tmp_path, text, stream, name, make, words):
     make(tmp_path / name, text)
-    done = prepare("files", tmp_path / name, f"--out={tmp_path / 'out'}", f"--tokenizer={stream / 'tokenizer.model'}")
+    done = prepare("files", tmp_path / name, f"--out={tmp_path / 'out'}",
+                   f"--tokenizer={stream / 'tokenizer.model'}")
     one_line(done, "prepare.py:", *words)
     assert not list(tmp_path.glob("out/*.bin*"))
 
 
-@pytest.mark.parametrize("words, expected", [
-    (["--tokenizer=train:7"], ["train:7", "choose another N"]), (["--tokenizer=train:x"], ["whole number"]),
-    (["--tokenizer=nowhere.model"], ["nowhere.model", "No such file"]), (["--tokenizer={text}"], ["not a SentencePiece model"]),
-    (["--seq_len=1"], ["--seq_len"]), (["--layout=heap"], ["heap"]), (["--shardchars=3"], ["--shardchars"])])
-def test_bad_settings_are_one_line(tmp_path, text, words, expected):
-    one_line(prepare("files", text, f"--out={tmp_path / 'out'}", *(w.format(text=text) for w in words)), *expected)
+def test_bad_text_is_not_blamed_on_the_tokenizer_that_reads_it(tmp_path, text):
+    broken_gzip(tmp_path / "cut.json.gz", text)
+    done = prepare("files", tmp_path / "cut.json.gz", f"--out={tmp_path / 'out'}")
+    one_line(done, "cut.json.gz: damaged gzip")
+    assert "tokenizer" not in done.stderr and not (tmp_path / "out").exists()
+
+
+BAD_SETTINGS = [
+    ("--tokenizer=train:7", ["train:7", "train:N (N to suit the text)"]),
+    ("--tokenizer=train:x", ["train:x", "'x'", "train:N"]),
+    ("--tokenizer=nowhere.model", ["nowhere.model", "No such file"]),
+    ("--tokenizer={text}", ["--tokenizer={text}", "SentencePiece .model"]),
+    ("--seq_len=1", ["--seq_len", "2 to 65536"]), ("--seq_len=x", ["--seq_len", "int"]),
+    ("--shard_chars=0", ["--shard_chars"]), ("--val_fraction=2", ["--val_fraction", "0 to 1"]),
+    ("--layout=heap", ["heap"]), ("--shardchars=3", ["--shardchars"]),
+    ("--out={text}/data", ["{text}/data: Not a directory"])]
+
+
+@pytest.mark.parametrize("word, expected", BAD_SETTINGS)
+def test_bad_settings_are_one_line(tmp_path, text, word, expected):
+    done = prepare("files", text, f"--out={tmp_path / 'out'}", "--tokenizer=train:500",
+                   word.format(text=text))
+    one_line(done, *(part.format(text=text) for part in expected))
+    assert not (tmp_path / "out").exists()
+
+
+def test_max_chars_is_checked(tmp_path):
+    one_line(prepare("python", f"--out={tmp_path}", "--max_chars=0"), "--max_chars")
+
+
+@pytest.mark.parametrize("shards", ["5-2", "1024", "x", "1,1", "", "-1"])
+def test_bad_shard_ranges_are_one_line(tmp_path, shards):
+    done = prepare("c4", f"--out={tmp_path / 'out'}", f"--train_shards={shards}")
+    one_line(done, "--train_shards")
 
 
 def test_gpt2_without_network_is_one_line(tmp_path, text):
-    env = {**os.environ, "TIKTOKEN_CACHE_DIR": str(tmp_path / "cache"), "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
-    one_line(prepare("files", text, f"--out={tmp_path / 'out'}", "--tokenizer=gpt2", env=env), "gpt2", "TIKTOKEN_CACHE_DIR")
+    env = {**os.environ, "TIKTOKEN_CACHE_DIR": str(tmp_path / "cache"),
+           "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
+    done = prepare("files", text, f"--out={tmp_path / 'out'}", "--tokenizer=gpt2", env=env)
+    one_line(done, "gpt2", "TIKTOKEN_CACHE_DIR")
 
 
-@pytest.mark.parametrize("layout", ["stream", "rows"])
-def test_gpt2_gets_a_piece_for_padding_where_it_needs_one(tmp_path, text, layout, monkeypatch):
-    spec = importlib.util.spec_from_file_location("prepare", ROOT / "data" / "prepare.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    encoding = tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks={bytes([i]): i for i in range(256)},
-                                 special_tokens={"<|endoftext|>": 256})  # GPT-2's form, without its 50,000 merges
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
-    monkeypatch.setattr(sys, "argv", ["prepare.py", "files", str(text), f"--out={tmp_path}", "--tokenizer=gpt2",
-                                      f"--layout={layout}", "--seq_len=64"])
-    module.main()
-    meta = json.loads((tmp_path / "meta.json").read_text())
-    train = [t.encode() for t in documents() if not is_val(t)]
-    if layout == "rows":
-        assert (meta["vocab_size"], meta["pad_id"], meta["eos_id"], meta["tokenizer"]) == (258, 257, 256, "gpt2")
-        assert np.array(tokens(tmp_path, "train")).reshape(-1, 64).tolist() == \
-            [[*t[:63], 256] + [257] * (63 - len(t[:63])) for t in train]
-    else:
-        assert meta["vocab_size"] == 257
-        assert [bytes(ids) for ids in split_documents(tokens(tmp_path, "train"), 256)] == train
-
-
-# ---- downloads: a real server that misbehaves -----------------------------------------------------------------------
+# ---- downloads, from a real server that speaks as much of the hub's protocol as is needed
 
 class Server(http.server.ThreadingHTTPServer):
+    """Serves files by the last part of their path. faults["GET name"] lists what goes wrong at
+    the next requests: a status, "breaks off" or "is short". log has ("GET name")."""
+
     def __init__(self, files):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.faults, self.log = files, {}, []
@@ -176,35 +284,36 @@ class Server(http.server.ThreadingHTTPServer):
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        name, faults = self.path.lstrip("/"), self.server.faults.get(self.path.lstrip("/"), [])
+        name = self.path.rpartition("/")[2]
+        self.server.log.append(f"{self.command} {name}")
+        faults = self.server.faults.get(self.server.log[-1], [])
         fault = faults.pop(0) if faults else None
-        begin = int(m[1]) if (m := re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))) else 0
-        self.server.log.append((name, begin))
         data = self.server.files.get(name)
         if data is None or isinstance(fault, int):
             return self.send_error(fault or 404)
-        if fault == "no ranges":
-            begin = 0
-        if begin >= len(data):
-            self.send_response(416)
-            self.send_header("Content-Range", f"bytes */{len(data)}")
-            return self.end_headers()
-        body = data[begin:]
-        self.send_response(206 if begin else 200)
-        self.send_header("Content-Length", str(len(body) + {"says more": 999, "says less": -999}.get(fault, 0)))
+        body = data[:len(data) // 2] if fault == "is short" else data
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.send_header("X-Repo-Commit", 40 * "1")
         self.end_headers()
-        self.wfile.write(body[:len(body) // 2] if fault == "breaks off" else body)
+        if self.command == "GET":
+            self.wfile.write(body[:len(body) // 2] if fault == "breaks off" else body)
+
+    do_HEAD = do_GET
 
     def log_message(self, *args):
         pass
 
 
 @pytest.fixture
-def c4():
+def server():
     """C4's first two training files and its first validation file, small."""
-    files = {f"c4-{split}.{i:05d}-of-{n:05d}.json.gz": gzip.compress("".join(
-        json.dumps({"text": t}) + "\n" for t in documents(200, seed)).encode())
-        for seed, (split, i, n) in enumerate([("train", 0, 1024), ("train", 1, 1024), ("validation", 0, 8)])}
+    names = ["train.00000-of-01024", "train.00001-of-01024", "validation.00000-of-00008"]
+    files = {}
+    for seed, name in enumerate(names):
+        lines = [json.dumps({"text": text}) + "\n" for text in documents(200, seed)]
+        files[f"c4-{name}.json.gz"] = gzip.compress("".join(lines).encode())
     server = Server(files)
     yield server
     server.shutdown()
@@ -212,61 +321,141 @@ def c4():
 
 
 FIRST = "c4-train.00000-of-01024.json.gz"
+NOWHERE = "http://127.0.0.1:9"  # a port that nothing listens at
 
 
-def fetch(c4, out, stream, *more):
-    return prepare("c4", f"--out={out}", f"--url={c4.url}", "--train_shards=0-1", "--seq_len=32",
-                   f"--tokenizer={stream / 'tokenizer.model'}", *more)
+def hub(tmp_path, url, **more):
+    """The environment of somebody who has never downloaded anything and uses this mirror."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    return {**env, "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": url.rstrip("/"), **more}
 
 
-def test_c4_from_download_to_shards(c4, tmp_path, stream):
-    done = fetch(c4, tmp_path, stream)
-    assert done.returncode == 0, done.stderr
-    meta = json.loads((tmp_path / "meta.json").read_text())
+def c4(stream, env, out, *more):
+    return prepare("c4", f"--out={out}", "--train_shards=0-1", "--seq_len=32",
+                   f"--tokenizer={stream / 'tokenizer.model'}", *more, env=env)
+
+
+def test_c4_from_download_to_shards_and_then_from_the_cache(server, tmp_path, stream):
+    done = c4(stream, hub(tmp_path, server.url), tmp_path / "a")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    meta = json.loads((tmp_path / "a" / "meta.json").read_text())
     assert meta["documents"] == {"train": 400, "val": 200} and meta["layout"] == "rows"
     sp = sentencepiece.SentencePieceProcessor(model_file=str(stream / "tokenizer.model"))
-    rows = np.array(tokens(tmp_path, "train")).reshape(400, 32).tolist()
-    assert [r[:r.index(1)] for r in rows] == [sp.encode(t)[:31] for t in documents(200, 0) + documents(200, 1)]
-    assert sorted(n for n, _ in c4.log) == sorted(c4.files)
+    rows = np.array(tokens(tmp_path / "a", "train")).reshape(400, 32).tolist()
+    texts = documents(200, 0) + documents(200, 1)
+    assert [row[:row.index(1)] for row in rows] == [sp.encode(text)[:31] for text in texts]
+    assert all(server.log.count(f"GET {name}") == 1 for name in server.files)
+    # Once in the cache, no network is needed.
+    for env in (hub(tmp_path, NOWHERE), hub(tmp_path, NOWHERE, HF_HUB_OFFLINE="1")):
+        assert c4(stream, env, tmp_path / "b").returncode == 0
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
 
 
-@pytest.mark.parametrize("faults", [["breaks off"], [503, 503, "breaks off", 500], ["says more"], ["breaks off", "no ranges"]])
-def test_a_faulty_download_is_taken_up_again(c4, tmp_path, stream, faults):
-    c4.faults[FIRST] = list(faults)
-    done = fetch(c4, tmp_path, stream)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "downloads" / FIRST).read_bytes() == c4.files[FIRST]
-    if faults == ["breaks off"]:
-        assert [begin for n, begin in c4.log if n == FIRST] == [0, len(c4.files[FIRST]) // 2]
-    assert not list(tmp_path.glob("downloads/*.part"))
+def test_a_faulty_download_is_taken_up_again(server, tmp_path, stream):
+    server.faults = {f"HEAD {FIRST}": [503, 503], f"GET {FIRST}": ["breaks off"]}
+    done = c4(stream, hub(tmp_path, server.url), tmp_path / "out")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert json.loads((tmp_path / "out" / "meta.json").read_text())["documents"]["train"] == 400
+    assert server.log.count(f"GET {FIRST}") == 2
 
 
-def test_a_download_killed_before_its_name_is_not_repeated(c4, tmp_path, stream):
+@pytest.mark.parametrize("faults, word", [
+    ({f"HEAD {FIRST}": [404]}, "404"), ({f"HEAD {FIRST}": [403]}, "403"),
+    ({f"GET {FIRST}": [500]}, "500"), ({f"GET {FIRST}": ["is short"]}, "Consistency check")])
+def test_a_download_that_fails_is_one_line(server, tmp_path, stream, faults, word):
+    server.faults = {request: list(what) for request, what in faults.items()}
+    env, out = hub(tmp_path, server.url), tmp_path / "out"
+    done = c4(stream, env, out)
+    one_line(done, f"en/{FIRST}", word, "HF_ENDPOINT", out / "downloads" / FIRST)
+    assert not json.loads((out / "meta.json").read_text())["complete"]
+    assert c4(stream, env, out).returncode == 0  # the same command goes on
+
+
+@pytest.mark.parametrize("more, word", [({}, "refused"), ({"HF_HUB_OFFLINE": "1"}, "offline")])
+def test_no_network_is_one_line_at_once_and_files_put_by_hand_help(
+        server, tmp_path, stream, more, word):
+    env, out, began = hub(tmp_path, NOWHERE, **more), tmp_path / "out", time.monotonic()
+    name = "c4-validation.00000-of-00008.json.gz"
+    one_line(c4(stream, env, out), name, word, "HF_ENDPOINT", out / "downloads" / name)
+    assert time.monotonic() - began < 15  # huggingface_hub by itself retries for 23 seconds
+    assert not list(out.glob("*.bin*"))
+    for folder in (out / "downloads", tmp_path / "mine"):
+        folder.mkdir()
+        for name, data in server.files.items():
+            (folder / name).write_bytes(data)
+    assert c4(stream, env, out).returncode == 0
+    assert c4(stream, env, tmp_path / "b", f"--downloads={tmp_path / 'mine'}").returncode == 0
+    (out / "downloads" / FIRST).write_bytes(server.files[FIRST][:-9])
+    one_line(c4(stream, env, tmp_path / "c", f"--downloads={out / 'downloads'}"),
+             out / "downloads" / FIRST, "damaged gzip")
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_another_file_in_place_of_t5s_tokenizer_is_refused(server, tmp_path, stream, by_hand):
+    server.files["spiece.model"] = (stream / "tokenizer.model").read_bytes()
+    out = tmp_path / "out"
+    if by_hand:
+        (out / "downloads").mkdir(parents=True)
+        (out / "downloads" / "spiece.model").write_bytes(b"something else")
+    done = prepare("c4", f"--out={out}", env=hub(tmp_path, server.url))
+    one_line(done, "T5", "sha256", f"at {out / 'downloads' / 'spiece.model'}")
+    assert ("GET spiece.model" in server.log) != by_hand
+    assert not (out / "meta.json").exists()
+
+
+def test_c4_has_the_papers_settings(server, tmp_path, stream, module, monkeypatch):
+    """With another tokenizer in place of T5's, which is not ours to ship."""
+    files = {**server.files, "spiece.model": (stream / "tokenizer.model").read_bytes()}
     (tmp_path / "downloads").mkdir()
-    (tmp_path / "downloads" / (FIRST + ".part")).write_bytes(c4.files[FIRST])
-    assert fetch(c4, tmp_path, stream).returncode == 0
+    for name, data in files.items():
+        (tmp_path / "downloads" / name).write_bytes(data)
+    sha256 = hashlib.sha256(files["spiece.model"]).hexdigest()
+    monkeypatch.setattr(module, "T5_SHA256", sha256)
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "c4", f"--out={tmp_path}",
+                                      "--train_shards=1,0"])
+    module.main()
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    assert (meta["layout"], meta["seq_len"], meta["tokenizer_sha256"]) == ("rows", 256, sha256)
+    assert meta["settings"] == {"source": "c4", "tokenizer": "t5", "layout": "rows", "seq_len": 256,
+                                "shard_chars": 400_000_000, "train_shards": [1, 0],
+                                "val_shards": [0]}
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    first = sp.encode(documents(200, 1)[0]) + [1]
+    assert tokens(tmp_path, "train")[:len(first)] == first
 
 
-@pytest.mark.parametrize("faults, words", [([404], ["404", "by hand"]), (["says less"], ["not a valid gzip file", "deleted"])])
-def test_a_hopeless_download_is_one_line(c4, tmp_path, stream, faults, words):
-    c4.faults[FIRST] = list(faults)
-    one_line(fetch(c4, tmp_path, stream), FIRST, *words)
-    assert not list(tmp_path.glob("*.bin*")) or not list(tmp_path.glob("train_*"))
-    assert fetch(c4, tmp_path, stream).returncode == 0  # and nothing stands in the way of trying again
+MNIST = [f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k")
+         for kind in ("images-idx3", "labels-idx1")]
 
 
-def test_no_network_says_what_to_do(tmp_path, stream):
-    done = prepare("c4", f"--out={tmp_path}", "--url=http://127.0.0.1:9/", "--tries=2", f"--tokenizer={stream / 'tokenizer.model'}")
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert "c4-validation.00000-of-00008.json.gz" in last and "fetch the file by hand and put it at" in last
+def test_mnist(tmp_path):
+    server = Server({name: gzip.compress(name.encode()) for name in MNIST})
+    (tmp_path / MNIST[0]).write_bytes(b"put by hand")
+    done = prepare("mnist", f"--out={tmp_path}", f"--url={server.url}")
+    server.shutdown()
+    server.server_close()
+    assert done.returncode == 0, done.stderr
+    found = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert found == {**server.files, MNIST[0]: b"put by hand"}
 
 
-def test_another_file_in_place_of_t5s_tokenizer_is_refused(c4, tmp_path):
-    c4.files["spiece.model"] = b"something else"
-    one_line(prepare("c4", f"--out={tmp_path}", f"--url={c4.url}", f"--t5_url={c4.url}spiece.model"), "T5", "sha256")
+@pytest.mark.parametrize("fault, word", [
+    (404, "404"), ("breaks off", "IncompleteRead"), ("is short", "ended"), ("text", "gzip")])
+def test_mnist_that_fails_is_one_line(tmp_path, fault, word):
+    server = Server({name: gzip.compress(name.encode()) for name in MNIST})
+    if fault == "text":
+        server.files[MNIST[2]] = b"<html>"
+    server.faults[f"GET {MNIST[2]}"] = [fault]
+    out = tmp_path / "mnist"
+    done = prepare("mnist", f"--out={out}", f"--url={server.url}")
+    one_line(done, f"{server.url}{MNIST[2]}", word, "--url", f"put the file at {out / MNIST[2]}")
+    assert sorted(path.name for path in out.iterdir()) == sorted(MNIST[:2])
+    server.files[MNIST[2]] = gzip.compress(b"whole")
+    assert prepare("mnist", f"--out={out}", f"--url={server.url}").returncode == 0
+    server.shutdown()
+    server.server_close()
 
 
-@pytest.mark.parametrize("shards", ["5-2", "1024", "x", "1,1", ""])
-def test_bad_shard_ranges_are_one_line(tmp_path, shards):
-    one_line(prepare("c4", f"--out={tmp_path / 'out'}", f"--train_shards={shards}"), "--train_shards")
+@pytest.mark.parametrize("url, word", [(NOWHERE + "/", "refused"), ("nonsense", "unknown url")])
+def test_mnist_without_network_is_one_line(tmp_path, url, word):
+    one_line(prepare("mnist", f"--out={tmp_path}", f"--url={url}"), MNIST[0], word, "--url")
