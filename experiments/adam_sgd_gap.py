@@ -1,0 +1,585 @@
+"""The Adam-SGD gap (Glentis et al. 2026, arXiv 2605.17787): one function per experiment.
+
+    python -m experiments.adam_sgd_gap demo                   # Adam, SGD, clipped SGD side by side
+    python -m experiments.adam_sgd_gap gap --data=data/news   # five methods, tuned, three seeds
+    python -m experiments.adam_sgd_gap gap --scale=1b --nproc=8 --dry    # the paper's scale
+    python -m experiments.adam_sgd_gap batch --jobs=2 --dtype=bfloat16   # any setting of train.py
+
+An experiment makes its runs and returns an ExperimentResult, which is written to
+results/SCALE/NAME.md, .json and .png.
+"""
+import argparse
+import ast
+import math
+import shlex
+import statistics
+import sys
+from itertools import takewhile
+from pathlib import Path
+
+import torch
+
+from experiments.sweep import (
+    LR_GRID, STYLES, ExperimentResult, Run, coordinate_search, fmt, gap_to, interval_text,
+    lower_until_stable, markdown_table, mark_diverged, max_stable_lr, next_above, next_below,
+    outcomes, plot_seeds, rerun_with_new_seeds, run_all, save_results)
+from loader import UserError, read_meta, token_counts
+from metrics import frequency_groups
+from model import SIZES, Config
+
+SEED = 42
+
+# Batch, steps and clips of 130m, 350m and 1b are the paper's; 60m, nano and every eval_every ours.
+SCALES = {
+    "nano": {"model": "nano", "batch_size": 64, "steps": 200, "eval_every": 40},
+    "60m": {"model": "60m", "batch_size": 2048, "steps": 2500, "eval_every": 250},
+    "130m": {"model": "130m", "batch_size": 2048, "steps": 5000, "eval_every": 500},
+    "350m": {"model": "350m", "batch_size": 2048, "steps": 15000, "eval_every": 1500},
+    "1b": {"model": "1b", "batch_size": 4096, "steps": 19125, "eval_every": 1500},
+}
+LARGE = {"eval_tokens": 10_000_000, "save_every": 500, "micro_batch": 32}  # all but nano
+
+# start: where a search begins; at: what differs at a scale (the paper's values for clipped SGD,
+# ours for Adam); axes: what is searched beside lr, in steps of about sqrt(10) for every method.
+MOMENTA = (0.5, 0.8, 0.9, 0.95, 0.98)
+METHODS = {
+    "Adam": {
+        "start": {"optimizer": "adamw", "lr": 3.16e-3, "beta1": 0.9, "beta2": 0.95},
+        "at": {scale: {"lr": 1e-3} for scale in ("60m", "130m", "350m", "1b")},
+        "axes": {"beta1": MOMENTA, "beta2": (0.8, 0.9, 0.95, 0.99, 0.999)}},
+    "SGD": {
+        "start": {"optimizer": "sgd", "momentum": 0, "lr": 0.316},
+        "axes": {}},
+    "SGD with momentum": {
+        "start": {"optimizer": "sgd", "lr": 1.0, "momentum": 0.9},
+        "axes": {"momentum": MOMENTA}},
+    "SGD, global norm clipped": {  # where the clip binds, lr x grad_clip is the length of a step
+        "start": {"optimizer": "sgd", "lr": 31.6, "momentum": 0.9, "grad_clip": 0.1},
+        "axes": {"grad_clip": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0), "momentum": MOMENTA},
+        "against": ("grad_clip",)},
+    "clipped SGD": {
+        "start": {"optimizer": "clipped_sgd", "lr": 100.0, "token_clip": 1e-3,
+                  "update_clip": 5e-4, "momentum": 0.9},
+        "at": {"350m": {"lr": 200.0}, "1b": {"lr": 300.0, "update_clip": 2e-4}},
+        "axes": {"update_clip": (1.58e-5, 5e-5, 1.58e-4, 5e-4, 1.58e-3, 5e-3, 1.58e-2),
+                 "token_clip": (3.16e-6, 1e-5, 3.16e-5, 1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2),
+                 "momentum": MOMENTA}},
+}
+
+
+# ---- parts of experiments ----
+
+def method(name, args, **changes):
+    """The Run of a method at this scale, with changes to where its search starts."""
+    spec, large = METHODS[name], {} if args.scale == "nano" else LARGE
+    settings = {**SCALES[args.scale], **large, "data": args.data, "seed": SEED, **spec["start"],
+                **spec.get("at", {}).get(args.scale, {}), **args.override, **changes}
+    return Run(name, settings, ("lr", *spec["axes"]))
+
+
+def search(name, args, only=None, **changes):
+    """The best run of a method and all that were tried, over lr and its axes or `only` some."""
+    axes = {"lr": LR_GRID, **METHODS[name]["axes"]}
+    axes = {axis: grid for axis, grid in axes.items() if only is None or axis in only}
+    return coordinate_search(lambda **more: method(name, args, **{**changes, **more}), axes, args,
+                             METHODS[name].get("against", ()))
+
+
+def final_runs(found, args):
+    """{method: runs} at other seeds than the search's, from {method: (best run, all runs)}; where
+    one of them diverges, all at the next lower learning rate, and so on."""
+    def at_new_seeds(name, **lower_lr):
+        best = found[name][0]
+        run = Run(name, {**best.settings, **lower_lr}, best.axes)
+        return rerun_with_new_seeds(run, args, first=1)
+    final = {name: at_new_seeds(name) for name in found}
+    run_all(sum(final.values(), []), args)
+    return {name: lower_until_stable(lambda **lr: at_new_seeds(name, **lr), runs, args)[-1]
+            for name, runs in final.items()}
+
+
+def lr_grid(name, args, **changes):
+    """Runs of a method at five learning rates, from one below its start to three above."""
+    start = method(name, args).settings["lr"]
+    i = min(range(len(LR_GRID)), key=lambda i: abs(math.log(LR_GRID[i] / start)))
+    return [method(name, args, **changes, lr=value)
+            for value in (LR_GRID[i - 1], start, *LR_GRID[i + 1:i + 4])]
+
+
+def stable_lr(runs):
+    """Of runs by rising learning rate: the largest below the first that diverged, as text."""
+    below = list(takewhile(lambda run: not run.diverged, runs))
+    lrs = [run.settings["lr"] for run in below if run.final]
+    bound = "at least " if len(below) == len(runs) else ""
+    return f"{bound}{lrs[-1]:g}" if lrs else "-"
+
+
+def resized(s, args, batch_size, steps):
+    """What changes in settings s for a batch size and steps, with as many evaluations."""
+    changes = {"batch_size": batch_size, "steps": steps,
+               "eval_every": max(1, steps * s["eval_every"] // s["steps"])}
+    if s.get("micro_batch"):
+        changes["micro_batch"] = min(s["micro_batch"], batch_size // args.nproc)
+    return changes
+
+
+def batch_sizes(args):
+    """Changes for batches of 1/16, 1/4, 1 and 4 times the scale's, at its number of tokens."""
+    s = method("Adam", args).settings
+    size, sequences = s["batch_size"], s["batch_size"] * s["steps"]
+    if size // 16 < args.nproc or s["steps"] < 4:
+        raise UserError(f"{s['steps']} steps of {size} sequences leave no batches of 1/16 to 4 "
+                        "times the size: give more --steps or a larger --batch_size")
+    return [resized(s, args, n, sequences // n) for n in (size // 16, size // 4, size, 4 * size)]
+
+
+def state_bytes(s):
+    """Bytes of optimizer state per parameter: Adam has two fp32 averages, momentum is one."""
+    return {"adamw": 8, "sgd": 4, "clipped_sgd": 4}[s["optimizer"]] if s.get("momentum", 1) else 0
+
+
+def clip_shares(run):
+    """The shares of tensors and of token rows that were clipped, means over a run, as text."""
+    return [fmt(run.mean(name), ".0%") for name in ("clipped_tensors", "clipped_rows")]
+
+
+def plot_losses(axes, runs_by_method):
+    """Validation loss along training, for {method: runs at some seeds}."""
+    for name, runs in runs_by_method.items():
+        if done := [run for run in runs if run.loss < math.inf]:
+            plot_seeds(axes, [line["step"] for line in done[0].evals],
+                       [[line["val_loss"] for line in run.evals] for run in done],
+                       STYLES[name], name)
+        mark_diverged(axes, [run.final["step"] for run in runs if run.diverged], STYLES[name])
+    axes.set(xlabel="step", ylabel="validation loss (nats per token)")
+
+
+def plot_by_lr(axes, runs, style, label):
+    """Final validation loss against the peak learning rate."""
+    done = [run for run in runs if run.loss < math.inf]
+    lrs = [run.settings["lr"] for run in done]
+    axes.plot(lrs, [run.loss for run in done], label=label, **style)
+    mark_diverged(axes, [run.settings["lr"] for run in runs if run.diverged], style)
+    axes.set(xscale="log", xlabel="peak learning rate (log scale)")
+
+
+# ---- experiments ----
+
+def demo(args):
+    names = ("Adam", "SGD with momentum", "clipped SGD")
+    runs = run_all([method(name, args) for name in names], args)
+    rows = [run.row(adam=runs[0]) for run in runs]
+    table = markdown_table(
+        ("method", "learning rate", "validation loss", "gap to Adam", "minutes", "tokens/s"),
+        [(run.label, f"{run.settings['lr']:g}", run.outcome, fmt(row["gap"], "+.1%"),
+          f"{(row['seconds'] or 0) / 60:.1f}", fmt(row["tok_per_s"], ",.0f"))
+         for run, row in zip(runs, rows)])
+    return ExperimentResult(
+        "Adam, SGD and clipped SGD side by side", table, rows, runs,
+        "One run of each method, where its search in `gap` starts.",
+        lambda axes: plot_losses(axes, {run.label: [run] for run in runs}))
+
+
+def gap(args):
+    run_all([method(name, args) for name in METHODS], args)  # where the searches start, for --jobs
+    found = {name: search(name, args) for name in METHODS}
+    final = final_runs(found, args)
+    rows, lines = [], []
+    for name, runs in final.items():
+        best, tried = found[name]
+        pairs = list(zip(final["Adam"], runs))
+        rows += [run.row(adam) | {"role": "seed"} for adam, run in pairs]
+        rows += [run.row(found["Adam"][0]) | {"role": "search"} for run in tried]
+        edges = [axis for axis, grid in METHODS[name]["axes"].items()
+                 if best.settings[axis] in (grid[0], grid[-1])]
+        edge = f" (the grid's edge: {', '.join(edges)})" if edges else ""
+        lines.append((name, runs[0].settings_text + edge, outcomes(runs),
+                      interval_text([math.exp(run.loss) for run in runs], ".1f"),
+                      interval_text([gap_to(adam, run) for adam, run in pairs], "+.1%"),
+                      interval_text([run.loss - adam.loss for adam, run in pairs], "+.3f"),
+                      *clip_shares(runs[0]), str(state_bytes(best.settings)), str(len(tried))))
+    table = markdown_table(
+        ("method", "best settings", "validation loss", "perplexity", "gap to Adam", "gap, nats",
+         "tensors clipped", "token rows clipped", "state, bytes per parameter",
+         "runs of the search"), lines)
+    return ExperimentResult(
+        "Each method at its best settings", table, rows,
+        sum([final[name] + found[name][1] for name in METHODS], []),
+        f"Each method at the best settings that a search found at seed {SEED}, run at other seeds, "
+        "and where one of these diverges at the next lower learning rate. Mean and 95% interval "
+        "(Student's t); gaps are taken seed by seed; shares clipped are of the first seed.",
+        lambda axes: plot_losses(axes, final))
+
+
+def lr(args):
+    grids = {name: lr_grid(name, args) for name in METHODS}
+    runs = run_all(sum(grids.values(), []), args)
+    best = {name: min(grid, key=lambda run: run.loss) for name, grid in grids.items()}
+    rows = [run.row(best["Adam"]) | {"best": run is best[run.label],
+                                     "effective_lr": run.mean("effective_lr")} for run in runs]
+    lines = []
+    for name, grid in grids.items():
+        top = best[name] if best[name].loss < math.inf else None  # None: all diverged
+        lines.append((name, "; ".join(f"{run.settings['lr']:g}: {run.outcome}" for run in grid),
+                      f"{top.settings['lr']:g}" if top else "-",
+                      fmt(gap_to(best["Adam"], best[name]), "+.1%"), stable_lr(grid),
+                      fmt(top.mean("effective_lr"), ".2g") if top else "-"))
+    table = markdown_table(
+        ("method", "validation loss by learning rate", "best", "gap to Adam",
+         "maximum stable learning rate", "effective learning rate at the best"), lines)
+
+    def draw(axes):
+        for name, grid in grids.items():
+            plot_by_lr(axes, grid, STYLES[name], name)
+        axes.set_ylabel("final validation loss (nats per token)")
+    return ExperimentResult("Final loss against the learning rate", table, rows, runs,
+                            "Final validation loss against the peak learning rate.", draw)
+
+
+def ablation(args):
+    """Is it the clipping or the learning rate?"""
+    small, searched = max_stable_lr(lambda **c: method("SGD with momentum", args, **c), args)
+    large = method("clipped SGD", args).settings["lr"]
+    best_adam, tried = search("Adam", args)
+    # at lr 1e9 every update is clipped: each tensor's is scaled to one RMS
+    normalized, more = search("clipped SGD", args, ["update_clip"], lr=1e9, token_clip=None)
+    searched += tried + more
+
+    cells = {}  # (clip, learning rate): runs; the last column says whether at all seeds
+    for clip, name, changes, seeds in (
+            ("no clip", "clipped SGD", {"token_clip": None, "update_clip": None}, True),
+            ("token clip", "clipped SGD", {"update_clip": None}, False),
+            ("update clip", "clipped SGD", {"token_clip": None}, False),
+            ("both clips", "clipped SGD", {}, True),
+            ("global norm", "SGD, global norm clipped", {}, False)):
+        for value in (small, large):
+            run = method(name, args, lr=value, **changes)
+            cells[clip, value] = rerun_with_new_seeds(run, args) if seeds else [run]
+    cells["per-tensor normalized", None] = rerun_with_new_seeds(normalized, args)
+    cells["Adam", None] = adams = rerun_with_new_seeds(best_adam, args)
+    run_all(sum(cells.values(), []), args)
+
+    rows, lines = [], []
+    for (clip, _), runs in cells.items():
+        rows += [run.row(adam) | {"cell": clip, "clipped_tensors": run.mean("clipped_tensors"),
+                                  "clipped_rows": run.mean("clipped_rows")}
+                 for adam, run in zip(adams, runs)]
+        lines.append((clip, runs[0].settings_text, outcomes(runs),
+                      interval_text(map(gap_to, adams, runs), "+.1%"), str(len(runs)),
+                      *clip_shares(runs[0])))
+    rows += [run.row(best_adam) | {"cell": "search"} for run in searched]
+    table = markdown_table(("clip", "settings", "validation loss", "gap to Adam", "seeds",
+                            "tensors clipped", "token rows clipped"), lines)
+
+    def draw(axes):
+        clips = list(dict.fromkeys(clip for clip, _ in cells))
+        styles = {small: ("#d55e00", "maximum stable learning rate of SGD", -0.1),
+                  large: ("#0072b2", "learning rate of clipped SGD", 0.1),
+                  None: ("black", "searched", 0)}
+        for (clip, value), runs in cells.items():
+            color, label, shift = styles[value]
+            x, done = clips.index(clip) + shift, [run.loss for run in runs if run.loss < math.inf]
+            axes.plot([x] * len(done), done, "o", color=color, label=label)
+            mark_diverged(axes, [x for run in runs if run.diverged], {"color": color}, row=2)
+        axes.set(xticks=range(len(clips)), xticklabels=[clip.replace(" ", "\n") for clip in clips],
+                 ylabel="final validation loss (nats per token)")
+    return ExperimentResult(
+        "Which clip, at which learning rate", table, rows, sum(cells.values(), []) + searched,
+        "Clips at the maximum stable learning rate of SGD with momentum and at clipped SGD's; "
+        "per-tensor normalized SGD; Adam. Shares clipped are of the first seed.", draw)
+
+
+BATCH_AXES = ("lr", "update_clip")  # what is searched at each batch size
+
+
+def batch(args):
+    names = ("Adam", "SGD", "SGD with momentum", "clipped SGD")
+    best, rows, lines, runs = {name: [] for name in names}, [], [], []
+    for shape in batch_sizes(args):
+        line = [str(shape["batch_size"])]
+        for name in names:
+            # start from the best at the batch size before
+            start = best[name][-1].settings if best[name] else {}
+            start = {axis: start[axis] for axis in BATCH_AXES if axis in start}
+            run, tried = search(name, args, BATCH_AXES, **shape, **start)
+            best[name].append(run)
+            adam = best["Adam"][-1]
+            rows += [each.row(adam) | {"best": each.out == run.out} for each in tried]
+            runs += tried
+            line.append(f"{run.outcome} ({run.settings['lr']:g}), {fmt(gap_to(adam, run), '+.1%')}")
+        lines.append(line)
+    table = markdown_table(
+        ("sequences per batch", *(f"{name}: loss (lr), gap" for name in names)), lines)
+
+    def draw(axes):
+        sizes = [line[0] for line in lines]
+        axes.plot(sizes, [0] * len(sizes), label="Adam", **STYLES["Adam"])
+        for name in names[1:]:
+            gaps = [gap_to(adam, run) for adam, run in zip(best["Adam"], best[name])]
+            gaps = [math.nan if gap is None else 100 * gap for gap in gaps]
+            axes.plot(sizes, gaps, label=name, **STYLES[name])
+        axes.set(xlabel="sequences per batch", ylabel="gap to Adam (% of its loss)")
+    return ExperimentResult(
+        "The gap to Adam against the batch size", table, rows, runs,
+        "The gap to Adam against the batch size at a fixed number of tokens, each method at its "
+        "best learning rate (clipped SGD: and update clip) at that size.", draw)
+
+
+def dynamics(args):
+    shapes = batch_sizes(args)
+    sizes = {"small batch": shapes[0], "large batch": shapes[2]}  # the largest has too few steps
+    found = {(name, size): search(name, args, BATCH_AXES, **shape)
+             for size, shape in sizes.items() for name in ("Adam", "clipped SGD")}
+    quantities = {"grad_norm": "gradient norm", "weight_to_gradient": "weight-to-gradient ratio",
+                  "effective_lr": "effective learning rate", "imbalance": "token-class imbalance"}
+    rows, lines = [], []
+    for (name, size), (run, _) in found.items():
+        medians = {}
+        for key in quantities:
+            values = [line[key] for line in run.steps if line.get(key) is not None]
+            medians[key] = statistics.median(values) if values else None
+        rows.append(run.row(found["Adam", size][0])
+                    | {"size": size, "spikes": run.spikes, **medians})
+        lines.append((name, str(run.settings["batch_size"]), f"{run.settings['lr']:g}", run.outcome,
+                      *(fmt(median, ".3g") for median in medians.values()),
+                      f"{len(run.spikes)} of {max(0, len(run.steps) - 100)}"))
+    table = markdown_table(
+        ("method", "sequences per batch", "lr", "validation loss",
+         *(f"{text} (median)" for text in quantities.values()),
+         "spikes among the steps from 100 on"), lines)
+
+    def draw(panels):
+        for axes, (key, text) in zip(panels.flat, quantities.items()):
+            for (name, size), (run, _) in found.items():
+                steps = [line for line in run.steps if line.get(key) is not None]
+                axes.plot([line["tokens"] / 1e6 for line in steps], [line[key] for line in steps],
+                          color={"Adam": "black"}.get(name, "#56b4e9"), label=f"{name}, {size}",
+                          linewidth=0.5 if size == "small batch" else 1.5)
+            axes.set(yscale="log", xlabel="million tokens", ylabel=f"{text} (log scale)")
+    return ExperimentResult(
+        "Training dynamics in small and large batches", table, rows,
+        sum([tried for _, tried in found.values()], []),
+        "Each method at its best learning rate (clipped SGD: and update clip) at that batch size. "
+        "A spike is a gradient norm above 5 x the median of the 100 steps before.", draw, (2, 2))
+
+
+def parabola(best, axis, tried):
+    """Where along an axis, in logarithms, the parabola through the losses of the best run and its
+    two neighbours on the grid has its minimum; None if one of them is missing."""
+    grid, x = METHODS[best.label]["axes"][axis], best.settings[axis]
+    losses = {run.settings[axis]: run.loss for run in tried
+              if {**run.settings, axis: x} == best.settings}
+    below, above = (losses.get(neighbour(grid, x), math.inf) - best.loss
+                    for neighbour in (next_below, next_above))
+    curved = 0 < below + above < math.inf
+    return x * 10 ** ((below - above) / (below + above) / 4) if curved else None
+
+
+def thresholds(args):
+    """How the best settings of clipped SGD move with the width, the batch and the steps."""
+    s, axes = method("Adam", args).settings, ("lr", "update_clip", "token_clip")
+    size, steps, i = s["batch_size"] // 2, s["steps"] // 2, list(SIZES).index(s["model"])
+    if steps < 8 or size // 4 < args.nproc:
+        raise UserError(f"half of {s['steps']} steps and of {s['batch_size']} sequences cannot be "
+                        "divided by 4: give more --steps or a larger --batch_size")
+    base = resized(s, args, size, steps)
+    centre, tried = search("clipped SGD", args, axes, **base)
+    found = [(centre, tried)]
+    base |= {axis: centre.settings[axis] for axis in axes}
+    points = [{"model": model} for model in list(SIZES)[max(0, i - 1):i + 2] if model != s["model"]]
+    points += [resized(s, args, n, steps) for n in (size // 4, 4 * size)]
+    points += [resized(s, args, size, n) for n in (steps // 4, 4 * steps)]
+    found += [search("clipped SGD", args, axes, **{**base, **changes}) for changes in points]
+
+    rows, lines, minima = [], [], {}
+    for best, tried in found:
+        rows += [run.row() | {"best": run.out == best.out} for run in tried]
+        minima[best] = {axis: parabola(best, axis, tried) for axis in axes[1:]}
+        s = best.settings
+        lines.append((s["model"], str(s["batch_size"]), str(s["steps"]), best.outcome,
+                      f"{s['lr']:g}", *(f"{s[axis]:g} ({fmt(x, '.2g')})"
+                                        for axis, x in minima[best].items())))
+    table = markdown_table(("model", "sequences per batch", "steps", "validation loss", "best lr",
+                            "update clip", "token clip"), lines)
+
+    def draw(panels):
+        values = {"hidden size": lambda run: Config.named(run.settings["model"], 1).hidden,
+                  "sequences per batch": lambda run: run.settings["batch_size"],
+                  "steps": lambda run: run.settings["steps"]}
+        for panel, (label, value) in zip(panels, values.items()):
+            # the centre, and the points that differ from it in this one
+            line = [run for run in minima if run.loss < math.inf
+                    and (run is centre or value(run) != value(centre))]
+            line.sort(key=value)
+            for axis, style in (("update_clip", "clipped SGD"), ("token_clip", "Adam")):
+                panel.plot([str(value(run)) for run in line],
+                           [minima[run][axis] or run.settings[axis] for run in line],
+                           label=axis.replace("_", " "), **STYLES[style])
+            panel.sharey(panels[0])
+            panel.set(yscale="log", xlabel=label)
+        panels[0].set_ylabel("best update clip (weight units),\nbest token clip (gradient units)")
+    return ExperimentResult(
+        "Best clips against width, batch and steps", table, rows,
+        sum([tried for _, tried in found], []),
+        "The best settings of clipped SGD by a search in steps of sqrt(10), one seed. In brackets, "
+        "and drawn, is the minimum of a parabola through the losses beside the best.", draw, (1, 3))
+
+
+def frequency(args):
+    """Figure 1 of Kunstner et al. 2024, with clipped SGD as one more optimizer; gap's runs."""
+    counts = token_counts(args.data, data_shape(args)[0])
+    if counts is None and not args.dry:
+        raise UserError(f"{args.data}/token_counts.npy is missing: restore it, or prepare the data "
+                        "again with data/prepare.py into another folder")
+    names = ("Adam", "SGD with momentum", "clipped SGD")
+    final = final_runs({name: search(name, args) for name in names}, args)
+    if args.dry:
+        return None
+    group, rows, losses = frequency_groups(counts), [], {}
+    for name, runs in final.items():
+        for adam, run in zip(final["Adam"], runs):
+            by_group = run.evals[-1]["group_losses"] if run.evals else None
+            rows.append(run.row(adam) | {"group_losses": by_group})
+        # [seeds][groups, then all tokens]; None where the run did not finish
+        losses[name] = [[*run.evals[-1]["group_losses"], run.loss] if run.loss < math.inf
+                        else [None] * 11 for run in runs]
+    lines = []
+    for i in range(11):
+        closed = []  # share of the gap of SGD with momentum to Adam that clipped SGD closes
+        for adam, sgd, clipped in zip(*losses.values()):
+            known = None not in (adam[i], sgd[i], clipped[i]) and sgd[i] != adam[i]
+            closed.append((sgd[i] - clipped[i]) / (sgd[i] - adam[i]) if known else None)
+        lines.append((str(i + 1), f"{(group == i).sum():,}",
+                      *(interval_text([seed[i] for seed in losses[name]], ".3f") for name in names),
+                      interval_text(closed, ".0%")))
+    lines[10] = ("all", f"{len(group):,}", *map(outcomes, final.values()), lines[10][-1])
+    table = markdown_table(("group, frequent to rare", "token classes", *names,
+                            "of the gap of SGD with momentum, clipped SGD closes"), lines)
+
+    def draw(panels):
+        for axes, name in zip(panels, names):
+            done = [run.evals for run in final[name] if run.loss < math.inf]
+            for i in range(10):
+                series = [[line["group_losses"][i] for line in evals] for evals in done]
+                if done and None not in series[0]:
+                    plot_seeds(axes, [line["step"] for line in done[0]], series,
+                               {"color": str(0.08 * i)}, f"group {i + 1}")
+            axes.set(title=name, xlabel="step")
+            axes.sharey(panels[0])
+        panels[0].set_ylabel("validation loss of the group (nats per token)")
+    return ExperimentResult(
+        "Validation loss by token frequency", table, rows, sum(final.values(), []),
+        "Ten groups of token classes, each about a tenth of the training text, from frequent (1, "
+        "dark) to rare (10, pale).", draw, (1, 3))
+
+
+# ---- before anything is run ----
+
+def data_shape(args):
+    """Vocabulary and sequence length of the data, or of the paper's if it is not there yet."""
+    meta = {"vocab_size": 32000, "seq_len": 256}
+    if Path(args.data).is_dir():
+        meta = read_meta(args.data)
+    return meta["vocab_size"], meta["seq_len"]
+
+
+def memory(s, vocab, seq_len, gpu=True):
+    """Bytes per device, by part [ours].
+
+    Under bf16 autocast (gpu) an activation takes 2 bytes, else 4; each layer keeps 7 x hidden + 3 x
+    ffn of them per token, and the logits of a micro-batch come with their gradient. The copies of
+    the weights are in bf16 for the products, and in fp32 for the diagnostics.
+    """
+    config, size = Config.named(s["model"], vocab), 2 if gpu else 4
+    tokens = (s.get("micro_batch") or s["batch_size"]) * seq_len
+    return {"weights": 4 * config.parameters, "gradients": 4 * config.parameters,
+            "optimizer state": state_bytes(s) * config.parameters,
+            "copies of the weights": (6 if gpu else 4) * config.parameters,
+            "activations": size * tokens * config.layers * (7 * config.hidden + 3 * config.ffn),
+            "logits": 2 * size * tokens * vocab}
+
+
+def check_memory(args):
+    """Refuse a scale beyond nano that does not fit on the GPU here."""
+    s = method("Adam", args).settings
+    need = sum(memory(s, *data_shape(args)).values()) / 2**30
+    have = 0
+    if torch.cuda.is_available():
+        have = torch.cuda.get_device_properties(0).total_memory / 2**30
+    if need > have:
+        raise UserError(f"{args.scale} needs about {need:.0f} GiB per GPU at --micro_batch="
+                        f"{s['micro_batch']}, and here are {have:.0f} GiB: lower --micro_batch, "
+                        "print the commands with --dry, or run it with --device=cpu")
+
+
+def cost(args):
+    """Print what one run takes; nothing is run."""
+    vocab, seq_len = data_shape(args)
+    s = method("Adam", args).settings
+    config, tokens = Config.named(s["model"], vocab), s["steps"] * s["batch_size"] * seq_len
+    flops = config.flops_per_token(seq_len) * tokens
+    hours = flops / (args.gpus * args.peak * args.mfu) / 3600
+    lines = [("parameters", f"{config.parameters:,}"),
+             ("tokens", f"{tokens:,} ({s['steps']} x {s['batch_size']} x {seq_len})"),
+             ("FLOPs", f"{flops:.3g} ({config.flops_per_token(seq_len):.3g} per token)"),
+             (f"hours on {args.gpus} x {args.peak:.3g} FLOP/s at {args.mfu:.0%}", f"{hours:,.2f}")]
+    for name in ("Adam", "clipped SGD"):
+        parts = memory(method(name, args).settings, vocab, seq_len, args.scale != "nano")
+        sizes = [f"{part} {size / 2**30:.2f}" for part, size in parts.items()]
+        lines.append((f"GiB per device, {name}",
+                      f"{sum(parts.values()) / 2**30:.2f} ({', '.join(sizes)})"))
+    print(markdown_table((f"one run of {args.scale}", ""), lines))
+
+
+EXPERIMENTS = {f.__name__: f for f in (demo, gap, lr, ablation, batch, dynamics, thresholds,
+                                       frequency, cost)}
+
+
+def main(experiments):
+    """The command line: one of {name: function}, its options, and settings of train.py."""
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, epilog="Any other --name=value is a setting of train.py for all runs.")
+    option = parser.add_argument
+    option("name", choices=experiments, nargs="?", default=next(iter(experiments)))
+    option("--scale", choices=SCALES, default="nano")
+    option("--data", default="data/python", help="data directory, made by data/prepare.py")
+    option("--seeds", type=int, default=3, choices=range(1, 11), metavar="N", help="of final runs")
+    option("--nproc", type=int, default=1, help="processes per run, by torchrun")
+    option("--jobs", type=int, default=1, help="runs at a time, on a CPU")
+    option("--gpus", type=int, default=8, help="cost: how many")
+    option("--peak", type=float, default=989e12, help="cost: their FLOP/s (H100, dense bf16)")
+    option("--mfu", type=float, default=0.4, help="cost: the share of these that is reached")
+    option("--dry", action="store_true", help="print the commands of the runs that are missing")
+    args, others = parser.parse_known_args()
+    if min(args.jobs, args.nproc, args.gpus) < 1:
+        parser.error("--jobs, --nproc and --gpus start at 1")
+    args.data, args.override = args.data.rstrip("/"), {}
+    for word in others:
+        name, equals, text = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not equals or name in ("lr", "seed", "out"):
+            parser.error(f"{word}: give settings of train.py as --name=value; lr, seed and out are "
+                         "the experiment's")
+        try:
+            args.override[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):  # a word
+            args.override[name] = None if text == "none" else text
+    args.command = f"python -m experiments.{Path(sys.argv[0]).stem} {shlex.join(sys.argv[1:])}"
+
+    try:
+        on_gpu = args.scale != "nano" and args.override.get("device") != "cpu"
+        if on_gpu and args.name != "cost" and not args.dry:
+            check_memory(args)
+        result = experiments[args.name](args)
+        if result and not args.dry:
+            save_results(args.name, args, result)
+    except UserError as e:
+        sys.exit(f"{args.name}: {e}")
+    if args.dry:
+        print("these are the first runs: a search continues from what it finds; the names of the "
+              "runs' folders depend on the data, too", file=sys.stderr)
+    elif result:
+        sys.exit(any(run.final is None for run in result.runs))
+
+
+if __name__ == "__main__":
+    main(EXPERIMENTS)

@@ -1,0 +1,200 @@
+"""Speed and memory, beside baselines and beside what the machine can do.
+
+    python -m experiments.bench                       # or `make bench`: every part, at nano
+    python -m experiments.bench train --model=130m    # one part; on a GPU bfloat16, with MFU
+
+Numbers are medians over rounds [smallest, largest]. A round measures everything once, in turn,
+so that a slow minute of the machine hits all of it; a ratio is taken within a round.
+"""
+import functools
+import importlib.util
+import os
+import pstats
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.benchmark import Timer
+
+from checkpoint import hardware
+from experiments.sweep import markdown_table
+from model import SIZES, Config, LLaMA
+from optim import build_optimizer
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}  # per second, bfloat16
+
+
+def seconds(function, repeats):
+    """Seconds per call, after two calls to warm up."""
+    timer = Timer("function()", globals=locals(), num_threads=torch.get_num_threads())
+    return timer.timeit(repeats).mean
+
+
+def compare(title, unit, form, rounds, measurements, baselines=()):
+    """Measure in turn; print a table of the numbers and of their ratios to the baselines'."""
+    def spread(values, form):
+        return f"{np.median(values):{form}} [{min(values):{form}}, {max(values):{form}}]"
+
+    numbers, rows = {name: [] for name in measurements}, []
+    for name in rounds * list(measurements):  # A, B, A, B, ...
+        numbers[name].append(measurements[name]())
+    for name, values in numbers.items():
+        ratios = [spread(np.divide(values, numbers[other]), ".2f") for other in baselines]
+        rows.append([name, spread(values, form), *ratios])
+    head = ["", unit, *(f"x {other}" for other in baselines)]
+    print(f"\n{title}\n\n{markdown_table(head, rows)}", flush=True)
+
+
+def matmul_flops():
+    """FLOP/s of square products; on a CPU by the better of PyTorch and NumPy, whose BLAS differ."""
+    n, dtype = (8192, torch.bfloat16) if DEVICE == "cuda" else (2048, torch.float32)
+    a = torch.randn(n, n, device=DEVICE, dtype=dtype)
+    times = [seconds(lambda: a @ a, 10)]
+    if DEVICE == "cpu":
+        times.append(seconds(lambda: a.numpy() @ a.numpy(), 10))
+    return 2 * n**3 / min(times)
+
+
+@functools.cache  # a process makes its model once
+def training_step(library, size, vocab, B, T, bfloat16):
+    """A function that takes a training step with fused AdamW on random tokens."""
+    x, y = torch.randint(vocab, (2, B, T)).to(DEVICE)
+    if library == "transformers":
+        from transformers import LlamaConfig, LlamaForCausalLM
+        hidden, ffn, layers, heads = SIZES[size]
+        model = LlamaForCausalLM(LlamaConfig(
+            vocab_size=vocab, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
+            num_attention_heads=heads, use_cache=False)).to(DEVICE)
+    else:
+        model = LLaMA(Config.named(size, vocab)).to(DEVICE)
+    model.compile()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    ddp_model = DDP(model) if torch.distributed.is_initialized() else model
+
+    def step():
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=bfloat16):
+            if library == "transformers":
+                loss = model(x, labels=y, shift_labels=y).loss
+            else:
+                loss = ddp_model(x, y) / y.numel()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return step
+
+
+def take_steps(store, processes, step_args, rank):
+    """In a worker process: seconds per step, and the process's peak of memory in MiB."""
+    if processes > 1 and not torch.distributed.is_initialized():
+        torch.set_num_threads(max(1, os.cpu_count() // processes))
+        torch.distributed.init_process_group("gloo", store, rank=rank, world_size=processes)
+    per_step = seconds(training_step(*step_args), 5)
+    if DEVICE == "cuda":
+        return per_step, torch.cuda.max_memory_allocated() / 2**20
+    return per_step, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux: KiB
+
+
+def bench_train(args):
+    vocab, B, T = (4096, 64, 128) if args.model == "nano" else (32000, 64, 256)
+    B, on_gpu = args.batch or B, DEVICE == "cuda"
+    candidates = {"this repo": ("this repo", 1, on_gpu)}  # library, processes, bfloat16
+    if importlib.util.find_spec("transformers"):
+        candidates["transformers, compiled"] = ("transformers", 1, on_gpu)
+    if not on_gpu:
+        candidates["this repo, 2 processes of half the threads"] = ("this repo", 2, False)
+        candidates["this repo, bfloat16 (the others float32)"] = ("this repo", 1, True)
+    folder, speed, memory = tempfile.TemporaryDirectory(), {}, {}
+    for name, (library, processes, bfloat16) in candidates.items():  # each in new processes
+        pool = ProcessPoolExecutor(processes, get_context("forkserver"))
+        work = functools.partial(take_steps, f"file://{folder.name}/store", processes,
+                                 (library, args.model, vocab, B // processes, T, bfloat16))
+
+        def tokens_per_second(name=name, pool=pool, work=work, ranks=range(processes)):
+            times, peaks = zip(*pool.map(work, ranks))
+            memory[name] = sum(peaks)
+            return B * T / max(times)
+        speed[name] = tokens_per_second
+    flops = Config.named(args.model, vocab).flops_per_token(T)
+    speed["matmul roofline"] = lambda: matmul_flops() / flops
+    if on_gpu and torch.cuda.get_device_name() in PEAK_FLOPS:
+        speed["peak (MFU)"] = lambda: PEAK_FLOPS[torch.cuda.get_device_name()] / flops
+    baselines = [name for name in speed if not name.startswith("this repo")]
+    compare(f"Training step of {args.model}: {B} x {T} tokens, vocabulary {vocab:,}", "tokens/s",
+            ",.0f", args.rounds, speed, baselines)
+    compare("Peak memory of these processes", "MiB", ",.0f", 1,
+            {name: functools.partial(memory.get, name) for name in memory}, ["this repo"])
+
+
+def bench_optimizer(args):
+    model = LLaMA(Config.named(args.model, 32000)).to(DEVICE)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p) * 1e-6
+    measurements = {}
+    for label, name, foreach in (
+            ("AdamW, fused", "adamw", False), ("ClippedSGD", "clipped_sgd", True),
+            ("ClippedSGD, reference", "clipped_sgd", False), ("SGD", "sgd", True)):
+        optimizer = build_optimizer(name, model, lr=1e-9)  # so small that nothing drifts
+        for group in optimizer.param_groups:
+            group["foreach"] = foreach
+        optimizer.step()
+        state = sum(t.nbytes for s in optimizer.state.values() for t in s.values())
+        label += f" ({state / model.config.parameters:.0f} bytes per parameter)"
+        measurements[label] = lambda step=optimizer.step: 1000 * seconds(step, 20)
+    compare(f"Optimizer step of {args.model}, {model.config.parameters:,} parameters", "ms", ".1f",
+            args.rounds, measurements, [next(iter(measurements))])
+
+
+def run_train(args, folder, settings, options=()):
+    """Seconds of a run of train.py in a new folder; the options are Python's."""
+    words = [*options, "train.py", f"--data={args.data}", f"--model={args.model}",
+             f"--out={tempfile.mkdtemp(dir=folder)}", *settings]
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
+    began = time.perf_counter()
+    run = subprocess.run([sys.executable, *words], env=environment, stdout=subprocess.DEVNULL)
+    if run.returncode:
+        sys.exit(run.returncode)  # train.py has said why
+    return time.perf_counter() - began
+
+
+def bench_start(args):
+    with tempfile.TemporaryDirectory() as folder:
+        for cache in ("empty", *args.rounds * ["filled"]):
+            took = run_train(args, folder, ["--steps=1"])
+            print(f"\ntrain.py --steps=1, {cache} compile cache: {took:.1f} s", flush=True)
+
+
+def bench_overhead(args):
+    """What train.py does beside the steps of the model: Python's profile of a run."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_train(args, folder, ["--steps=100", "--compile=false"],
+                  ["-m", "cProfile", "-o", f"{folder}/profile"])
+        stats = pstats.Stats(f"{folder}/profile").sort_stats("cumulative")
+    stats.print_stats(rf"^train\.py|^{os.getcwd()}/(loader|optim|metrics|checkpoint)\.py", 25)
+
+
+def main():
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parts = {"train": bench_train, "optimizer": bench_optimizer, "start": bench_start,
+             "overhead": bench_overhead}
+    parser.add_argument("part", nargs="*", choices=parts, default=parts)
+    parser.add_argument("--model", choices=SIZES, default="nano")
+    parser.add_argument("--batch", type=int, help="sequences of a training step, even")
+    parser.add_argument("--data", default="data/python", help="data directory")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    for part in args.part:
+        parts[part](args)
+    print(f"\n{hardware(DEVICE)}, torch {torch.__version__}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,478 @@
+"""Heavy-tailed class imbalance on small problems (Kunstner et al. 2024, arXiv 2402.19449).
+
+    python -m experiments.heavy_tails                             # all but mnist: two minutes
+    python -m experiments.heavy_tails softmax --m=11 --steps=1000 # the paper's size, for a GPU
+    python -m experiments.heavy_tails mnist --data=data/mnist --bits=4 --steps=300
+
+quadratic, rates: two problems with known solutions. softmax: the loss by class frequency under ten
+optimizers; reweighted: with rare classes weighted up; hessian: its gradient and Hessian. mnist: ten
+digits beside many rare classes with barcodes. All training is full batch, on a GPU if there is one.
+Each writes results/toy/NAME.md, .json and .png.
+"""
+import argparse
+import gzip
+import math
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.optim import SGD, Adam
+
+from checkpoint import hardware
+from experiments.sweep import (LR_GRID, ExperimentResult, fmt, markdown_table, next_above,
+                               next_below, write_page)
+from loader import UserError
+from optim import ClippedSGD
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+COLORS = ("#bbbbbb", "#0072b2", "#d55e00", "#000000", "#009e73", "#e69f00", "#cc79a7")
+
+
+# ---- full-batch training ----
+
+def clipped_sgd(params, step_size, update_clip):
+    """SGD-LL (Glentis et al. 2026), whose update clip binds at its learning rate of 100 and so is
+    the step size; or without it. The rows of the output layer's momentum are clipped to 1e-3."""
+    *others, output, bias = params
+    groups = [{"params": [output], "token_clip": 1e-3}, {"params": [*others, bias]}]
+    lr, clip = (100.0, step_size) if update_clip else (step_size, None)
+    return ClippedSGD(groups, lr, update_clip=clip)
+
+
+# name: direction, optimizer, and where the search for the step size starts, for softmax regression
+# with m = 11 and for MNIST. These are the paper's step sizes, those of the last two ours.
+OPTIMIZERS = {
+    "GD": ("gradient", SGD, 10**-2.5, 10**-1.5),
+    "GD, momentum": ("gradient", partial(SGD, momentum=0.9), 10**-3, 10**-2),
+    "normalized GD": ("normalized", SGD, 10**-1, 1.0),
+    "normalized GD, momentum": ("normalized", partial(SGD, momentum=0.9), 10**-1.5, 1.0),
+    "sign descent": ("sign", SGD, 10**-5, 10**-2),
+    "sign descent, momentum": ("sign", partial(SGD, momentum=0.9), 10**-5, 10**-3.5),
+    "Adam, beta1 = 0": ("gradient", partial(Adam, betas=(0.0, 0.999)), 10**-4, 10**-2.5),
+    "Adam": ("gradient", partial(Adam, betas=(0.9, 0.999)), 10**-3.5, 10**-2.5),
+    "SGD, token clip": ("gradient", partial(clipped_sgd, update_clip=False), 10**0.5, None),
+    "clipped SGD": ("gradient", partial(clipped_sgd, update_clip=True), 10**-4, 1e-3),
+}
+
+
+@dataclass
+class Problem:
+    """A network and all of its data."""
+    net: nn.Sequential     # ends in its output layer
+    X: torch.Tensor        # inputs [n, ...]
+    labels: torch.Tensor   # int64 [n]
+    group: torch.Tensor    # frequency group of each class, 0 the most frequent, int64 [classes]
+    weights: torch.Tensor  # of the samples, with a sum of 1 [n]
+    chunk: int = 10**6     # samples per forward pass
+
+    def backward(self):
+        """Set the gradients of the weighted loss. Returns the loss of each sample, nats [n]."""
+        self.net.zero_grad()
+        losses = []
+        chunks = [t.split(self.chunk) for t in (self.X, self.labels, self.weights)]
+        for x, y, weights in zip(*chunks):
+            loss = F.cross_entropy(self.net(x), y, reduction="none")
+            (loss * weights).sum().backward()
+            losses.append(loss.detach())
+        return torch.cat(losses)
+
+
+def train(problem, name, step_size, steps):
+    """Full-batch training. Returns the mean loss of all samples [steps + 1] and that of each group
+    [steps + 1, groups], in nats. Once the loss exceeds twice that of a uniform guess the run has
+    diverged (train.py's rule), and its losses are infinite."""
+    direction, make_optimizer, *_ = OPTIMIZERS[name]
+    params = list(problem.net.parameters())
+    optimizer = make_optimizer(params, step_size)
+    group = problem.group[problem.labels]
+    losses = torch.full((steps + 1,), math.inf)
+    groups = torch.full((steps + 1, int(group.max()) + 1), math.inf)
+    for step in range(steps + 1):
+        sample_losses = problem.backward()
+        loss = sample_losses.mean()
+        if not loss < 2 * math.log(len(problem.group)):
+            break
+        losses[step] = loss
+        groups[step] = group.bincount(sample_losses) / group.bincount()
+        grads = [p.grad for p in params]
+        if direction == "normalized":  # by one norm over all parameters
+            torch._foreach_div_(grads, nn.utils.get_total_norm(grads))
+        if direction == "sign":
+            torch._foreach_sign_(grads)
+        if step < steps:
+            optimizer.step()
+    return losses, groups
+
+
+def tune(make, name, start, steps):
+    """Train make(), a fresh problem, at the step size of LR_GRID next to `start`, at the next below
+    while it diverges, then at the better neighbour while there is one. Returns the best step size,
+    and the losses of all samples and of the groups as train() does."""
+    tried = {}
+
+    def loss(step_size):
+        if step_size not in tried:
+            tried[step_size] = train(make(), name, step_size, steps)
+        return tried[step_size][0][-1].item()
+
+    best = min(LR_GRID, key=lambda step_size: abs(math.log(step_size / start)))
+    while loss(best) == math.inf and next_below(LR_GRID, best):
+        best = next_below(LR_GRID, best)
+    while True:
+        near = [next_below(LR_GRID, best), next_above(LR_GRID, best)]
+        nearest = min([x for x in near if x], key=loss)
+        if loss(nearest) >= loss(best):
+            break
+        best = nearest
+    print(f"{name}: step size {best:.3g}, loss {loss(best):.4f}", flush=True)
+    return best, *tried[best]
+
+
+def page(title, caption, rows, draw, panels):
+    """A page with a table of the rows, dicts with the same keys."""
+    cells = [[fmt(x, ".4f" if isinstance(x, float) and key != "step size" else "")
+              for key, x in row.items()] for row in rows]
+    table = markdown_table(list(rows[0]), cells)
+    return ExperimentResult(title, table, rows, [], caption, draw, panels)
+
+
+def line_page(title, caption, rows, panels, shape, **settings):
+    """A page with a picture of lines, panels = {title: {label: [steps + 1]}}."""
+    def draw(axes):
+        for ax, (name, lines) in zip(axes.flat, panels.items()):
+            ax.sharey(axes.flat[0])
+            for color, (label, y) in zip(COLORS, lines.items()):
+                ax.plot(y, color=color, label=label)
+                ax.set_xscale("log" if len(y) > 10_000 else "linear")
+            ax.set(title=name, xlabel="step", **settings)
+            ax.label_outer()
+    return page(title, caption, rows, draw, shape)
+
+
+def frequency_page(title, caption, runs, groups, shown):
+    """The page of runs {name: what tune() returns} with the losses of groups {label: index},
+    frequent to rare. The picture has one panel for each of the six runs in `shown`."""
+    rows, panels = [], {}
+    for name, (step_size, losses, by_group) in runs.items():
+        lines = {label: by_group[:, i] for label, i in groups.items()}
+        rows.append({"method": name, "step size": step_size, "loss": losses[-1].item(),
+                     **{label: line[-1].item() for label, line in lines.items()},
+                     "decrease of the rarest": (1 - by_group[-1, -1] / by_group[0, -1]).item()})
+        if name in shown:
+            panels[f"{name}, step size {step_size:.3g}"] = lines
+    caption += (f" One run of {len(losses) - 1} full-batch steps per row, at the best step size of "
+                "a grid in factors of sqrt(10). Runs that oscillate amplify rounding errors: their "
+                "numbers change with the processor and the number of threads.")
+    top = 1.3 * by_group[0].max().item()
+    return line_page(title, caption, rows, panels, (2, 3), ylabel="loss (nats)", ylim=(0, top))
+
+
+def class_page(title, caption, rows, ks, paths, **settings):
+    """The page of paths {name: [steps + 1, classes]}: one panel each, classes k from 1 in ks."""
+    panels = {name: {f"k = {k}": path[:, k - 1] for k in ks} for name, path in paths.items()}
+    return line_page(title, caption, rows, panels, (1, 2), **settings)
+
+
+def frequencies(c):
+    """pi_k proportional to 1/k, float64 [c]."""
+    pi = 1 / torch.arange(1, c + 1, dtype=torch.float64)
+    return pi / pi.sum()
+
+
+def quadratic(args):
+    """f(w) = sum_k pi_k w_k^2 / 2 from w = 1; GD at 1 / pi_max, sign descent at 1 / 200 [ours]."""
+    pi, steps = frequencies(1000), 200
+    lr = 1 / pi.max()
+    gd, sign = [torch.ones_like(pi)], [torch.ones_like(pi)]
+    for _ in range(steps):
+        gd.append(gd[-1] - lr * pi * gd[-1])
+        sign.append(sign[-1] - sign[-1].sign() / steps)
+    ks, closed_form = (1, 3, 10, 30, 100, 300, 1000), (1 - lr * pi) ** steps
+    rows = [{"coordinate k": k, "GD: w_k": gd[-1][k - 1].item(),
+             "GD: (1 - lr pi_k)^t": closed_form[k - 1].item(),
+             "sign descent: abs(w_k)": sign[-1][k - 1].abs().item()} for k in ks]
+    caption = (
+        f"f(w) = sum_k pi_k w_k^2 / 2 with pi_k ~ 1/k, {len(pi)} coordinates, {steps} steps from "
+        "w = 1. Kunstner et al. 2024: GD contracts coordinate k by 1 - lr pi_k per step; the step "
+        "of sign descent does not depend on pi, so that all of its lines coincide.")
+    return class_page("GD and sign descent on a weighted quadratic", caption, rows, ks,
+                      {"GD": torch.stack(gd), "sign descent": torch.stack(sign)},
+                      ylabel="w_k (1 at the start)")
+
+
+def rates(args):
+    """The setting of the theory: softmax regression where class k has the one input e_k and the
+    frequency pi_k ~ 1/k, from W = 0."""
+    c, paths = 100, {}
+    pi, one_hot = frequencies(c), torch.eye(c, dtype=torch.float64)
+    for name, step_size, steps in (("GD", 1.0, 60_000), ("sign descent", 1e-2, 1_000)):
+        W, losses = torch.zeros(c, c, dtype=torch.float64), []
+        for _ in range(steps + 1):
+            log_p = W.log_softmax(1)
+            losses.append(-log_p.diagonal())
+            gradient = pi[:, None] * (log_p.exp() - one_hot)
+            W -= step_size * (gradient if name == "GD" else gradient.sign())
+        paths[name] = torch.stack(losses)
+
+    rows, ks = [], (1, 3, 10, 30, 100)
+    for k in ks:
+        gd, sign = [path[:, k - 1] for path in paths.values()]
+        # slopes of log loss against log t and t, where the loss is below 0.1
+        late, end = torch.nonzero(gd < 0.1)[:, 0], torch.nonzero(sign < 0.1)[:, 0]
+        exponent, _ = np.polyfit(late.log(), gd[late].log(), 1)
+        rate, _ = np.polyfit(1e-2 * end, sign[end].log(), 1)
+        rows.append({"class k": k, "pi_k": pi[k - 1].item(),
+                     "GD: exponent of t where the loss is below 0.1 (theory: -1)": exponent,
+                     "GD: loss x pi_k t at the end": (gd[-1] * pi[k - 1] * 60_000).item(),
+                     "sign descent: c in exp(-c t), t in step sizes (theory: all equal)": -rate})
+    caption = (
+        f"The rates of the theory: {c} classes, pi_k ~ 1/k, one input per class. Kunstner et al. "
+        "2024: the loss of class k falls as 1/(pi_k t) under gradient flow and as exp(-c t) under "
+        "sign flow, with one c for all classes, so that all of its lines coincide.")
+    return class_page("GD and sign descent: rates by class", caption, rows, ks, paths,
+                      ylabel="loss (nats)", yscale="log")
+
+
+# ---- linear softmax regression ----
+
+@cache
+def softmax_data(m):
+    """Balanced inputs, imbalanced classes: group i = 0 ... m-1 has 2^i classes of 2^(m-i) samples.
+
+    Returns X [n, d] ~ U[0, 1], labels [n] int64 independent of X, and the group of each class [c]
+    int64; n = m 2^m, d = (m+1) 2^m, c = 2^m - 1 (section 3; its text says 2^(m+1) - 1 classes).
+    """
+    group = torch.cat([torch.full((2**i,), i) for i in range(m)])
+    labels = torch.arange(len(group)).repeat_interleave(2 ** (m - group))
+    X = torch.rand(m * 2**m, (m + 1) * 2**m, generator=torch.Generator().manual_seed(0))
+    return X.to(DEVICE), labels.to(DEVICE), group.to(DEVICE)
+
+
+def softmax_problem(m, weighting=0.0):
+    """Samples have weights pi^-weighting, where pi is the frequency of their class."""
+    X, labels, group = softmax_data(m)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(X.shape[1], len(group))).to(DEVICE)
+    weights = labels.bincount().float()[labels] ** -weighting
+    return Problem(net, X, labels, group, weights / weights.sum())
+
+
+@cache
+def solve(name, m, steps, weighting=0.0):
+    """Softmax regression at the optimizer's best step size, as tune() returns it."""
+    start = OPTIMIZERS[name][2] * 12 * 2**11 / ((m + 1) * 2**m)  # half the inputs, twice the step
+    return tune(partial(softmax_problem, m, weighting), name, start, steps or 200)
+
+
+def softmax_page(title, caption, m, runs, shown):
+    caption = (f"Linear softmax regression, 2^i classes of 2^(m-i) samples for i = 0 ... m-1, "
+               f"m = {m}. {caption}")
+    groups = {f"most frequent class, {2**m} samples": 0, "4 samples per class": m - 2,
+              "rarest group, 2 samples per class": m - 1}
+    return frequency_page(title, caption, runs, groups, shown)
+
+
+def softmax(args):
+    runs = {name: solve(name, args.m, args.steps) for name in OPTIMIZERS}
+    shown = ("GD", "normalized GD", "sign descent", "Adam", "SGD, token clip", "clipped SGD")
+    caption = (
+        "Kunstner et al. 2024: GD and normalized GD hardly learn the rare classes, sign descent "
+        "and Adam learn all alike. Not in that paper: clipped SGD (SGD-LL), and its row-wise "
+        "clipping of the output layer's momentum (token clip) alone.")
+    return softmax_page("Softmax regression: loss by class frequency", caption, args.m, runs, shown)
+
+
+def reweighted(args):
+    runs = {}
+    for name in ("GD", "GD, momentum", "Adam, beta1 = 0", "Adam", "clipped SGD"):
+        for label, weighting in (("", 0.0), (", 1/sqrt(pi)", 0.5), (", 1/pi", 1.0)):
+            runs[name + label] = solve(name, args.m, args.steps, weighting)
+    shown = ("GD", "GD, 1/sqrt(pi)", "GD, 1/pi", "Adam", "Adam, 1/sqrt(pi)", "Adam, 1/pi")
+    caption = (
+        "Where it says so, samples are weighted by the frequency pi of their class; the losses "
+        "shown are unweighted. Kunstner et al. 2024: 1/sqrt(pi) always helps GD, 1/pi sometimes.")
+    return softmax_page("Softmax regression with reweighted losses", caption, args.m, runs, shown)
+
+
+def class_curvature(problem, sign=1):
+    """At `sign` times the weights: the gradient norm of the row w_c of each class [c], and the
+    traces of the Hessian's blocks (w_c, w_c'), both of the plain mean loss [c, c]. A trace is the
+    mean over the samples of p_nc (1[c = c'] - p_nc') ||x_n||^2."""
+    X, labels = problem.X, problem.labels
+    with torch.no_grad():
+        p = (sign * problem.net(X)).softmax(1)
+    gradient = (p - F.one_hot(labels)).T @ X / len(X)
+    squares = X.square().sum(1)
+    blocks = -(p.T * squares) @ p
+    blocks = blocks.diagonal_scatter((p * (1 - p)).T @ squares) / len(X)
+    return gradient.norm(dim=1).cpu(), blocks.cpu()
+
+
+def correlation(x, y, weights=None):
+    (xx, xy), (_, yy) = torch.cov(torch.stack([x, y]).double(), aweights=weights).tolist()
+    return xy / math.sqrt(xx * yy)
+
+
+def hessian(args):
+    group = softmax_data(args.m)[2].cpu()
+    equal_groups = 1 / group.bincount().double()[group]
+    some = torch.linspace(0, len(group) - 1, 40).round().long().unique()  # classes
+    diagonal = torch.eye(len(some), dtype=torch.bool)
+    rows, dots = [], {}
+    for name in ("Adam", "GD"):
+        step_size = solve(name, args.m, args.steps)[0]
+        for t in (0, 1, 5, 10, 50, 100):
+            problem = softmax_problem(args.m)
+            train(problem, name, step_size, t)
+            row = {"path": name, "step size": step_size, "t": t}
+            norms, blocks = class_curvature(problem)
+            for at, (x, y) in (("W", (norms, blocks)), ("-W", class_curvature(problem, sign=-1))):
+                x, y = x.log(), y.diagonal().log()
+                row[f"log correlation at {at}, groups alike"] = correlation(x, y, equal_groups)
+                row[f"rank correlation at {at}, classes alike"] = correlation(
+                    x.argsort().argsort(), y.argsort().argsort())
+            dots[name, t] = norms, blocks.diagonal()
+            blocks = blocks[some][:, some].abs()
+            ratio = blocks[diagonal].median() / blocks[~diagonal].median()
+            rows.append({**row, "diagonal / off-diagonal blocks": round(ratio.item())})
+
+    def draw(axes):
+        shown = [(name, t) for name in ("Adam", "GD") for t in (0, 10, 100)]
+        for ax, (name, t) in zip(axes.flat, shown):
+            ax.sharex(axes[0, 0])
+            ax.sharey(axes[0, 0])
+            points = ax.scatter(*dots[name, t], c=group, s=8, cmap="viridis")
+            ax.set(xscale="log", yscale="log", title=f"{name}, t = {t}",
+                   xlabel="gradient norm of the class", ylabel="trace of its Hessian block")
+            ax.label_outer()
+        points.figure.colorbar(points, ax=axes, label="group of classes, 0 the most frequent")
+
+    caption = (
+        f"Gradient against Hessian of each class, softmax regression, m = {args.m}, along one run "
+        "each. Kunstner et al. 2024: unrelated at the start, strongly correlated later, negatively "
+        "at -W. The correlation of the logs gives all groups of classes the same weight [ours]. "
+        f"Blocks: median trace on the diagonal over the median size off it, {len(some)} classes. "
+        "GD oscillates, which amplifies rounding errors: its later numbers change with the "
+        "processor.")
+    return page("Gradient norm against Hessian trace, by class", caption, rows, draw, (2, 3))
+
+
+# ---- barcoded MNIST ----
+
+def read_mnist(folder):
+    """Images uint8 [n, 28, 28] and labels uint8 [n] of MNIST's training set. UserError names the
+    file. The format is IDX, gzip'd: a magic number and the sizes, four bytes each, then bytes."""
+    arrays = []
+    for name, ndim in (("images-idx3", 3), ("labels-idx1", 1)):
+        path = Path(folder) / f"train-{name}-ubyte.gz"
+        try:
+            data = gzip.decompress(path.read_bytes())
+            if data[:4] != bytes([0, 0, 8, ndim]):
+                raise ValueError("not an IDX file of bytes")
+            sizes = np.frombuffer(data, ">u4", count=ndim, offset=4)
+            arrays.append(np.frombuffer(data, np.uint8, offset=4 + 4 * ndim).reshape(sizes))
+        except (OSError, EOFError, ValueError, zlib.error) as e:
+            raise UserError(f"cannot read {path} ({e}): `python data/prepare.py mnist --out=DIR` "
+                            "gets MNIST's files, then give --data=DIR") from None
+    images, labels = arrays
+    if images.shape != (len(labels), 28, 28) or labels.max(initial=0) > 9:
+        raise UserError(f"{folder} has images of {images.shape} and {len(labels)} labels up to "
+                        f"{labels.max(initial=0)}: prepare MNIST again in another folder")
+    return images, labels
+
+
+def barcoded(images, labels, bits, each=5, seed=0):
+    """Digits beside digits with barcodes: images uint8 [n, 28, 28] and their classes int64 [n].
+
+    Classes 0 to 9 are the digits, half of the images; class 10 + 10 * code + digit has `each`
+    images of a digit with `code` in the first `bits` pixels of row 0. Which images these are, and
+    that all ten digits are equally frequent, is ours.
+    """
+    rng = np.random.default_rng(seed)
+    digits = [np.flatnonzero(labels == digit) for digit in range(10)]
+    many = min(each * 2**bits, 5000)  # the paper's 5,000 at 10 bits
+    if min(map(len, digits)) < many:
+        raise UserError(f"there are {[len(d) for d in digits]} of the digits, and --bits={bits} "
+                        f"needs {many} of each: choose fewer bits")
+    plain = np.concatenate([rng.permutation(d)[:many] for d in digits])
+    chosen = np.concatenate([rng.permutation(d)[:each] for _ in range(2**bits) for d in digits])
+    code = np.repeat(np.arange(2**bits), 10 * each)
+    marked = images[chosen]
+    marked[:, 0, :bits] = 255 * (code[:, None] >> np.arange(bits) & 1)
+    classes = np.concatenate([labels[plain].astype(np.int64), 10 + 10 * code + labels[chosen]])
+    return np.concatenate([images[plain], marked]), classes
+
+
+def mnist_problem(images, classes, chunk=100 if DEVICE == "cpu" else 10_000):
+    """The paper's CNN. Group 0 is the ten digits, group 1 the classes with barcodes."""
+    X = torch.from_numpy(images)[:, None].float().to(DEVICE) / 255
+    labels = torch.from_numpy(classes).to(DEVICE)
+    group = (torch.arange(classes.max() + 1, device=DEVICE) >= 10).long()
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 100, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(4900, len(group))).to(DEVICE)
+    weights = torch.full((len(X),), 1 / len(X), device=DEVICE)
+    return Problem(net, X, labels, group, weights, chunk)
+
+
+def mnist(args):
+    images, classes = barcoded(*read_mnist(args.data), args.bits)
+    make = partial(mnist_problem, images, classes)
+    runs = {name: tune(make, name, start, args.steps or 300)
+            for name, (*_, start) in OPTIMIZERS.items() if start}
+    caption = (
+        f"Barcoded MNIST, {args.bits} bits: {len(images):,} images of {classes.max() + 1:,} "
+        "classes, a CNN. Kunstner et al. 2024 (10 bits): GD does not learn the rare classes, sign "
+        "descent and Adam do. Clipped SGD (SGD-LL) is not in that paper.")
+    shown = ("GD", "GD, momentum", "normalized GD", "sign descent", "Adam", "clipped SGD")
+    return frequency_page("Barcoded MNIST: loss by class frequency", caption, runs,
+                          {"ten digits": 0, "barcoded classes": 1}, shown)
+
+
+EXPERIMENTS = {f.__name__: f for f in (quadratic, rates, softmax, hessian, reweighted, mnist)}
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    option = parser.add_argument
+    option("names", nargs="*", metavar="NAME", help="default: all but mnist")
+    option("--m", type=int, default=7, choices=range(3, 13), metavar="M", help="groups [7]")
+    option("--bits", type=int, default=4, choices=range(1, 11), metavar="N", help="of barcodes [4]")
+    option("--steps", type=int, choices=range(1, 10**6), metavar="N", help="[200, mnist 300]")
+    option("--data", default="data/mnist", help="folder with MNIST's files [data/mnist]")
+    args = parser.parse_args()
+    for name in args.names:
+        if name not in EXPERIMENTS:
+            parser.error(f"no experiment {name}: choose from {', '.join(EXPERIMENTS)}")
+    torch.set_flush_denormal(True)  # probabilities below 1e-38 are slow, and nothing here
+
+    # options that change the result are in the page's name
+    changed = {key: getattr(args, key) for key in ("m", "bits", "steps")
+               if getattr(args, key) != parser.get_default(key)}
+    for name in args.names or ("quadratic", "rates", "softmax", "hessian", "reweighted"):
+        began = time.perf_counter()
+        try:
+            result = EXPERIMENTS[name](args)
+        except UserError as e:
+            sys.exit(f"{name}: {e}")
+        source = (f"{hardware(DEVICE)}; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}; "
+                  f"{time.perf_counter() - began:.0f} s")
+        command = " ".join([f"python -m experiments.heavy_tails {name}",
+                            *(f"--{key}={x}" for key, x in changed.items())])
+        stem = "-".join([name, *(f"{key}{x}" for key, x in changed.items())])
+        write_page(Path("results/toy") / stem, result, result.caption, source, command)
+
+
+if __name__ == "__main__":
+    main()

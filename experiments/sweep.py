@@ -1,0 +1,378 @@
+"""Runs of train.py, searches over their settings, statistics and result pages.
+
+A run is one call of train.py in a folder under runs/ whose name holds a hash of all its settings:
+finished runs are not repeated, and killed ones continue where they stopped.
+"""
+import hashlib
+import json
+import math
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from loader import UserError, read_meta
+from train import Settings
+
+TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+LR_GRID = tuple(float(f"{10 ** (k / 2):.3g}") for k in range(-12, 11))  # 1e-6 ... 1e5 by sqrt(10)
+
+FAILED = {}  # folder -> reason, of the runs that failed; they are not started again
+RUNNING, STOPPING = [], threading.Event()  # the processes of runs; set when they are to stop
+
+
+class Run:
+    """One run of train.py; `axes` are the settings that a search may change. read() sets `final`
+    (the last line of the metrics, or None), `evals` and `steps` (the others) and `loss` (the final
+    validation loss in nats per token, infinite if the run diverged or failed)."""
+
+    def __init__(self, label, settings, axes=("lr",)):
+        self.label, self.settings, self.axes = label, settings, axes
+        # the hash covers train.py's defaults and the data, too
+        every = {**asdict(Settings()), **settings}
+        meta = Path(settings["data"]) / "meta.json"
+        key = json.dumps(every, sort_keys=True) + (meta.read_text() if meta.exists() else "")
+        name = "-".join(str(every[k]) for k in ("model", "optimizer", "lr", "seed"))
+        self.out = Path("runs") / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+
+    def read(self):
+        """Read the metrics. Returns whether the run is over."""
+        path, lines = self.out / "metrics.jsonl", []
+        for text in path.read_text().splitlines() if path.exists() else []:
+            try:
+                lines.append(json.loads(text))
+            except ValueError:  # torn by a crash; train.py will write it again
+                break
+        self.evals = [line for line in lines if "val_tokens" in line]
+        self.steps = [line for line in lines if "train_loss" in line]
+        self.final = lines[-1] if lines and lines[-1].get("final") else None
+        self.diverged = self.final is not None and self.final["status"] == "diverged"
+        self.loss = self.final["val_loss"] if self.final and not self.diverged else math.inf
+        self.outcome = f"{self.loss:.3f}"
+        if self.diverged:
+            self.outcome = f"diverged at step {self.final['step']}"
+        elif not self.final:
+            self.outcome = f"failed: {FAILED.get(self.out)}"
+        return self.final is not None
+
+    def command(self, args):
+        """What comes after `python`."""
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}"]
+        settings = {k: "none" if v is None else v for k, v in self.settings.items()}
+        return [*(torchrun if args.nproc > 1 else []), os.path.relpath(TRAIN),
+                *(f"--{k}={v}" for k, v in settings.items()), f"--out={self.out}"]
+
+    def start(self, args, count):
+        """Run train.py and show its output. If it fails, the reason is the last line that starts
+        with "train.py: ", else the last line."""
+        if STOPPING.is_set():
+            return
+        seed = self.settings["seed"]
+        print(f"{count} {self.label}, {self.settings_text}, seed {seed}", flush=True)
+        env = {**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "270"}  # seconds to save in
+        if args.jobs > 1:
+            env["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // args.jobs // args.nproc))
+        reason = ""
+        with subprocess.Popen([sys.executable, *self.command(args)], stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True, env=env) as process:
+            RUNNING.append(process)
+            if STOPPING.is_set():
+                process.terminate()
+            for line in process.stdout:
+                print(f"   {count} {line}", end="", flush=True)
+                if line.startswith("train.py: ") or not reason.startswith("train.py: "):
+                    reason = line.strip().replace("|", "/")  # it goes into a table
+        if (process.returncode or not self.read()) and not STOPPING.is_set():
+            FAILED[self.out] = f"{reason} (exit status {process.returncode})"
+            print(f"   {count} FAILED: {FAILED[self.out]}", file=sys.stderr)
+        if process.returncode == 2:  # settings that train.py refuses
+            stop_all()
+
+    @property
+    def settings_text(self):
+        given = {k: self.settings.get(k) for k in self.axes}
+        return ", ".join(f"{k} {value:g}" for k, value in given.items() if value is not None)
+
+    @property
+    def spikes(self):
+        """The steps, from 1, at which the gradient norm spikes."""
+        norms = [line["grad_norm"] or 0.0 for line in self.steps]
+        return [self.steps[i]["step"] for i in spike_steps(norms)]
+
+    def mean(self, name):
+        """The mean over the steps whose lines have this name, or None."""
+        values = [line[name] for line in self.steps if line.get(name) is not None]
+        return statistics.fmean(values) if values else None
+
+    def row(self, adam=None):
+        """The run in a page's JSON."""
+        speeds = [line["tok_per_s"] for line in self.steps]
+        return {"method": self.label, **self.settings,
+                "status": self.final["status"] if self.final else "failed",
+                "val_loss": self.loss if self.loss < math.inf else None, "gap": gap_to(adam, self),
+                "seconds": self.final["seconds"] if self.final else None,
+                "tok_per_s": statistics.median(speeds) if speeds else None}
+
+
+def stop_all(signal_number=None, frame=None):
+    """Let the runs save, and leave. Ctrl-C reaches them without this, SIGTERM does not."""
+    STOPPING.set()
+    for process in RUNNING if signal_number != signal.SIGINT else []:
+        process.terminate()
+    sys.exit(130 if signal_number else 2)
+
+
+def run_all(runs, args):
+    """Run what has not run yet, args.jobs at a time, or with args.dry print the commands. A failed
+    run stops nothing; settings that train.py refuses (exit status 2) stop everything."""
+    todo = {run.out: run for run in runs if not run.read() and run.out not in FAILED}.values()
+    if args.dry:
+        for run in todo:
+            print(shlex.join(["python", *run.command(args)]))
+    elif todo:
+        signal.signal(signal.SIGTERM, stop_all)
+        signal.signal(signal.SIGINT, stop_all)
+        with ThreadPoolExecutor(args.jobs) as pool:
+            started = [pool.submit(run.start, args, f"[{i}/{len(todo)}]")
+                       for i, run in enumerate(todo, 1)]
+            for future in as_completed(started):
+                future.result()
+    for run in runs:  # the same run may be there twice
+        run.read()
+    return runs
+
+
+# ---- search: make(**changes) returns the Run of a method with these changes to its settings ----
+
+def next_below(grid, value):
+    """The next value of a grid below one that need not be on it, or None."""
+    return max((x for x in grid if x < 0.99 * value), default=None)
+
+
+def next_above(grid, value):
+    return min((x for x in grid if x > 1.01 * value), default=None)
+
+
+def lower_until_stable(make_runs, runs, args):
+    """While one of `runs`, all at one learning rate, diverges: those of make_runs(lr=...) at the
+    next lower one of the grid. Returns the list of runs of each learning rate, `runs` first."""
+    levels, lr = [runs], runs[0].settings["lr"]
+    while any(run.diverged for run in levels[-1]) and (lr := next_below(LR_GRID, lr)):
+        levels.append(run_all(make_runs(lr=lr), args))
+    return levels
+
+
+def stable_start(make, args):
+    """make(), and if it diverges the runs at lower learning rates, until one does not."""
+    levels = lower_until_stable(lambda **lr: [make(**lr)], run_all([make()], args), args)
+    return [run for [run] in levels]
+
+
+def coordinate_search(make, axes, args, against=()):
+    """From the first stable learning rate move along one axis after the other, to the next value
+    below or above while that is better, round and round until no neighbour is.
+
+    axes is {setting: grid of values}. Those in `against` are also moved together with lr, one up
+    and the other down, since the best may lie on a diagonal. Returns the best run and all runs.
+    """
+    axes = {name: grid for name, grid in axes.items() if name not in args.override}
+    directions = [({name: next_below}, {name: next_above}) for name in axes]
+    directions += [({"lr": next_below, name: next_above}, {"lr": next_above, name: next_below})
+                   for name in against if name in axes]
+    tried = stable_start(make, args)
+    best, improved = tried[-1], True
+    while improved:
+        improved = False
+        for pair in directions:
+            while True:
+                here = {name: best.settings[name] for name in axes}
+                moves = [{name: step(axes[name], here[name]) for name, step in direction.items()}
+                         for direction in pair]
+                near = [make(**{**here, **move}) for move in moves if None not in move.values()]
+                tried += run_all(near, args)
+                lowest = min(near, key=lambda run: run.loss, default=best)
+                if lowest.loss >= best.loss:
+                    break
+                best, improved = lowest, True
+    return best, list({run.out: run for run in tried}.values())
+
+
+def max_stable_lr(make, args):
+    """The largest learning rate of the grid at which make(lr=...) does not diverge, searched down
+    or up from its own, and the runs that this took."""
+    tried = stable_start(make, args)
+    lr = next_above(LR_GRID, tried[0].settings["lr"])
+    while lr and not tried[0].diverged and tried[-1].loss < math.inf:
+        tried += run_all([make(lr=lr)], args)
+        lr = next_above(LR_GRID, lr)
+    stable = [run.settings["lr"] for run in tried if run.loss < math.inf]
+    if not args.dry and (not stable or any(run.final is None for run in tried)):
+        last = tried[-1]
+        raise UserError(f"the maximum stable learning rate of {last.label} is not known: at "
+                        f"{last.settings['lr']:g} it {last.outcome}")
+    return max(stable, default=tried[0].settings["lr"]), tried
+
+
+def rerun_with_new_seeds(run, args, first=0):
+    """args.seeds Runs like this one, not run yet, from `first` above its seed: other initial
+    weights, another order of the data."""
+    start = run.settings["seed"] + first
+    return [Run(run.label, {**run.settings, "seed": seed}, run.axes)
+            for seed in range(start, start + args.seeds)]
+
+
+# ---- statistics ----
+
+# Student's t, two-sided 95%, for 2 to 10 numbers
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def gap_to(adam, run):
+    """(loss - Adam's) / Adam's, or None if one of the two has no loss."""
+    if adam is None or max(run.loss, adam.loss) == math.inf:
+        return None
+    return run.loss / adam.loss - 1
+
+
+def mean_interval(values):
+    """Mean and half-width of the 95% interval of at most ten numbers; of one number, None."""
+    n = len(values)
+    half = T95[n - 2] * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
+    return statistics.fmean(values), half
+
+
+def interval_text(values, form):
+    """mean_interval as text, or "-" if a value is None or infinite."""
+    values = list(values)
+    if not values or not all(x is not None and math.isfinite(x) for x in values):
+        return "-"
+    mean, half = mean_interval(values)
+    return f"{mean:{form}}" + ("" if half is None else f" ± {half:{form.removeprefix('+')}}")
+
+
+def outcomes(runs):
+    """The losses of runs that differ in the seed; or how many did not finish, and how."""
+    bad = [run.outcome for run in runs if run.loss == math.inf]
+    if not bad:
+        return interval_text([run.loss for run in runs], ".3f")
+    return bad[0] if len(runs) == 1 else f"{len(bad)} of {len(runs)}: {distinct(bad)}"
+
+
+def spike_steps(norms, window=100, factor=5):
+    """Indices of the gradient norms above `factor` x the median of the `window` before [ours]."""
+    return [i for i in range(window, len(norms))
+            if norms[i] > factor * statistics.median(norms[i - window:i])]
+
+
+# ---- pages and pictures ----
+
+@dataclass
+class ExperimentResult:
+    title: str      # at most eight words, above the picture
+    table: str      # Markdown
+    rows: list      # dicts, for the JSON file
+    runs: list      # every Run that was made for it
+    caption: str    # what was run, for the page
+    draw: callable  # draws on the axes that Figure.subplots(*panels) gives
+    panels: tuple = (1, 1)
+
+
+STYLES = {label: {"color": color, "linestyle": dash, "marker": marker, "markersize": 4}
+          for label, color, dash, marker in (("Adam", "#000000", "-", "o"),
+                                             ("SGD", "#e69f00", ":", "v"),
+                                             ("SGD with momentum", "#d55e00", ":", "s"),
+                                             ("SGD, global norm clipped", "#009e73", "-.", "^"),
+                                             ("clipped SGD", "#0072b2", "--", "D"))}
+
+
+def distinct(values):
+    return ", ".join(dict.fromkeys(str(value) for value in values))
+
+
+def markdown_table(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def fmt(x, form):
+    return "-" if x is None else f"{x:{form}}"
+
+
+def plot_seeds(axes, x, ys, style, label=None):
+    """The mean of the seeds' series ys over x as a line, and their range as a band."""
+    points = list(zip(*ys, strict=True))
+    axes.plot(x, [statistics.fmean(point) for point in points], label=label, **style)
+    if len(ys) > 1:
+        axes.fill_between(x, [min(point) for point in points], [max(point) for point in points],
+                          color=style["color"], alpha=0.2, linewidth=0)
+
+
+def mark_diverged(axes, xs, style, row=None):
+    """Crosses at xs in a strip above the axes, labelled "diverged": in row 0 to 4, or the next."""
+    if not xs:
+        return
+    if not axes.child_axes:
+        strip = axes.inset_axes((0, 1.03, 1, 0.15), sharex=axes)
+        strip.set(ylim=(4.7, -0.7), yticks=[])
+        strip.tick_params(which="both", bottom=False, labelbottom=False)
+        strip.set_ylabel("diverged", rotation=0, ha="right", va="center")
+    strip = axes.child_axes[0]
+    row = len(strip.lines) if row is None else row
+    strip.plot(xs, [row] * len(xs), "x", color=style["color"], markersize=5)
+
+
+def save_results(name, args, result):
+    """Write results/SCALE/NAME.md, .json and .png; options that change the result are in NAME."""
+    runs = {run.out: run for run in result.runs}.values()
+    ran = [run for run in runs if run.final]
+    if not ran:
+        raise UserError(f"none of {len(runs)} runs finished, the last: {result.runs[-1].outcome}")
+    configs = [json.loads((run.out / "config.json").read_text()) for run in ran]
+    facts = zip(*((c["device"], f"torch {c['versions']['torch']}", c["started"][:10],
+                   f"commit {c['git_commit']}") for c in configs))
+    hours = sum(run.final["seconds"] for run in ran) / 3600
+    source = "; ".join([*map(distinct, facts), f"{hours:.1f} hours of runs"])
+    settings = [run.settings for run in runs]
+    shapes = distinct(f"{s['steps']} steps of {s['batch_size']}" for s in settings)
+    caption = (f"{result.caption} {distinct(s['model'] for s in settings)}; {shapes} x "
+               f"{read_meta(args.data)['seq_len']} tokens of {Path(args.data).name}; {len(runs)} "
+               f"runs ({len(runs) - len(ran)} failed), "
+               f"seed {distinct(sorted(s['seed'] for s in settings))}.")
+    parts = [name]
+    if args.data != "data/python":
+        parts.append(Path(args.data).name)
+    if args.seeds != 3:
+        parts.append(f"seeds{args.seeds}")
+    parts += [f"{k}{v}" for k, v in args.override.items()]
+    write_page(Path("results") / args.scale / "-".join(parts), result, caption, source,
+               args.command, {"config": configs[0]})
+
+
+def write_page(stem, result, caption, source, command, extra={}):
+    """Print the table; write it with its caption to STEM.md, the rows and what is in `extra` to
+    STEM.json, the picture with its title to STEM.png."""
+    from matplotlib.figure import Figure  # imported here: the searches do without it
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    rows, columns = result.panels
+    # a page shows 9 inches at about 900 pixels, so that text of 10 points stays as large
+    figure = Figure((7 if columns == 1 else 9, 1.5 + 3 * rows), layout="constrained")
+    result.draw(figure.subplots(rows, columns))
+    labels = {}
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+        labels |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels())}
+    if labels and not figure.legends and not any(axes.get_legend() for axes in figure.axes):
+        figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=3)
+    figure.suptitle(result.title)
+    figure.savefig(f"{stem}.png", dpi=150)
+    page = f"{caption}\n\n{result.table}\n\n`{command}`; {source}\n"
+    Path(f"{stem}.md").write_text(page)
+    content = {"command": command, **extra, "rows": result.rows}
+    Path(f"{stem}.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    print(f"\n{page}\n{stem}.md, .json, .png")

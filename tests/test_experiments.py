@@ -1,0 +1,339 @@
+import ast
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from conftest import ROOT, TINY, experiment, metrics, one_line, settings
+from experiments import adam_sgd_gap, spikes
+from experiments.sweep import (
+    FAILED, LR_GRID, Run, interval_text, mark_diverged, mean_interval, next_above, next_below,
+    plot_seeds, spike_steps)
+
+
+def main(*words):
+    """The command line in this process: the experiment's name, its options."""
+    sys.argv = [f"{'spikes' if words[0] == 'spikes' else 'adam_sgd_gap'}.py", *words]
+    if words[0] == "spikes":
+        adam_sgd_gap.main({"spikes": spikes.spikes})
+    else:
+        adam_sgd_gap.main(adam_sgd_gap.EXPERIMENTS)
+
+
+# ---- real runs ----
+
+@pytest.fixture(scope="module")
+def demo(stream, tmp_path_factory):
+    """The demo's three runs, small, in a folder of their own: (folder, how to repeat, output)."""
+    folder = tmp_path_factory.mktemp("demo")
+
+    def again():
+        words = ["demo", f"--data={stream}", "--jobs=2", *settings()]
+        return experiment("adam_sgd_gap", *words, cwd=folder)
+    first = again()
+    assert first.returncode == 0, first.stderr
+    return folder, again, first
+
+
+def test_demo_shows_what_the_runs_measured(demo):
+    folder, _, first = demo
+    files = {path.suffix: path for path in (folder / "results" / "nano").iterdir()}
+    content = json.loads(files[".json"].read_text())
+    rows = content["rows"]
+    assert [row["method"] for row in rows] == ["Adam", "SGD with momentum", "clipped SGD"]
+    finals = {}
+    for out in (folder / "runs").iterdir():
+        config = json.loads((out / "config.json").read_text())
+        finals[config["settings"]["optimizer"]] = metrics(out)[-1]["val_loss"]
+    text = files[".md"].read_text()
+    for row in rows:
+        assert row["val_loss"] == finals[row["optimizer"]]
+        adam = rows[0]["val_loss"]
+        assert row["gap"] == pytest.approx((row["val_loss"] - adam) / adam)
+        line = rf"\| {row['method']} \| {row['lr']:g} \| {row['val_loss']:.3f} \| "
+        assert re.search(line + rf"\{row['gap']:+.1%} ", text), text
+    assert text.split("\n\n")[1] in first.stdout
+    assert "12 steps of 8 x 32 tokens" in text and "3 runs (0 failed), seed 42." in text
+    assert content["command"].startswith("python -m experiments.adam_sgd_gap demo --data=")
+    assert "--steps=12" in content["command"] and content["command"] in text
+    assert files[".png"].read_bytes().startswith(b"\x89PNG")
+    # the name says what is not default; --jobs changes no result
+    assert re.fullmatch(r"demo-data-batch_size8-steps12-.*-compilefalse", files[".md"].stem)
+
+
+def test_finished_runs_are_not_repeated_and_killed_ones_continue(demo):
+    folder, again, _ = demo
+    before = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*")}
+    second = again()
+    assert second.returncode == 0 and "[1/" not in second.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*")}
+    # as if one were killed before its last line
+    path = next((folder / "runs").glob("*adamw*")) / "metrics.jsonl"
+    lines = path.read_text()
+    path.write_text("".join(lines.splitlines(keepends=True)[:-1]))
+    third = again()
+    assert "[1/1] Adam" in third.stdout and "from step 12" in third.stdout
+    assert path.read_text() == lines
+
+
+def test_a_failed_run_is_shown_and_stops_nothing(demo):
+    folder, again, _ = demo
+    run = next((folder / "runs").glob("*adamw*"))
+    lines = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(lines[:-40])  # torn
+    (run / "ckpt.pt").write_bytes(b"torn too")
+    done = again()
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "FAILED: train.py: " in done.stderr
+    assert re.search(r"\| Adam .* failed: train.py: runs/.*ckpt.pt is damaged", done.stdout)
+    assert re.search(r"\| clipped SGD \| 100 \| \d\.\d+ \| - \|", done.stdout)  # no gap to Adam
+
+
+def test_settings_that_train_refuses_stop_everything(stream, tmp_path):
+    done = experiment("adam_sgd_gap", "demo", f"--data={stream}", *settings(steps=-1), cwd=tmp_path)
+    assert done.returncode == 2 and "train.py: --steps=-1" in done.stderr
+    assert "[1/3]" in done.stdout and "[2/3]" not in done.stdout
+    assert not (tmp_path / "results").exists()
+
+
+def test_told_to_stop_its_runs_save(stream, tmp_path):
+    words = ["demo", f"--data={stream}", "--jobs=2", *settings(steps=5000, log_every=1)]
+    sizes = {}
+    for attempt in range(2):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "experiments.adam_sgd_gap", *words], cwd=tmp_path, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(ROOT)})
+        # until both runs have written more than before
+        while (len(paths := list(tmp_path.glob("runs/*/metrics.jsonl"))) < 2
+               or any(path.stat().st_size <= sizes.get(path, 0) for path in paths)):
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.terminate()
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 130 and "Traceback" not in err
+        assert len(list(tmp_path.glob("runs/*"))) == 2  # the third one was not started
+        assert len(list(tmp_path.glob("runs/*/ckpt.pt"))) == 2
+        assert len(re.findall("from step [1-9]", out)) == 2 * attempt  # then they continue
+        sizes = {path: path.stat().st_size for path in paths}
+
+
+def test_a_diverged_run_is_a_result(stream, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = Run("SGD", {**TINY, "data": str(stream), "optimizer": "sgd", "lr": 1e4, "seed": 42})
+    run.start(SimpleNamespace(nproc=1, jobs=1), "")
+    row = run.row(adam=run)
+    assert run.outcome.startswith("diverged at step") and row["status"] == "diverged"
+    assert row["val_loss"] is None and row["gap"] is None
+
+
+# ---- search and statistics ----
+
+def test_neighbours_of_a_value_on_the_grid_and_off_it():
+    assert next_below((1, 3, 10), 3) == 1 and next_above((1, 3, 10), 3) == 10
+    assert next_below((1, 3, 10), 5) == 3 and next_above((1, 3, 10), 5) == 10
+    assert next_above((1, 3, 10), 10) is None and next_below((1, 3), 1) is None
+    assert next_below(LR_GRID, 100.0) == 31.6 and next_above(LR_GRID, 100.0) == 316.0
+    assert len(LR_GRID) == 23 and LR_GRID[0] == 1e-6 and LR_GRID[-1] == 1e5
+
+
+def test_statistics_are_those_computed_by_hand():
+    assert mean_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.303 / 3 ** 0.5))  # t(2), s = 1
+    assert mean_interval([4.0, 4.5]) == pytest.approx((4.25, 12.706 * 0.25))
+    assert mean_interval([7.0]) == (7.0, None)
+    assert interval_text([0.01, 0.02, 0.03], "+.1%") == "+2.0% ± 2.5%"
+    assert interval_text([7.0], ".1f") == "7.0"
+    assert interval_text([1.0, None], ".3f") == "-" == interval_text([1.0, math.inf], ".3f")
+    norms = [1.0] * 100 + [5.0, 5.1, 1.0, 20.0]
+    assert spike_steps(norms) == [101, 103] and spike_steps(norms[:100]) == []
+
+
+# ---- every page, from stubbed runs ----
+
+def valley(s, lr):
+    """Loss above the best. Adam's best is off the start on every axis, the global norm's along the
+    diagonal, clipped SGD's at the edge of two grids."""
+    if s["optimizer"] == "adamw":
+        return abs(lr + 3) / 9 + abs(s["beta1"] - 0.8) + abs(s["beta2"] - 0.99)
+    if s["optimizer"] == "sgd":
+        clip = math.log10(s.get("grad_clip", 1))
+        return 3 * abs(lr + clip - 0.5) + abs(clip) / 3
+    clips = [-4 if s[name] == "none" else math.log10(s[name])
+             for name in ("update_clip", "token_clip")]
+    return abs(lr - 3) / 9 + abs(clips[0] + 3.8) / 3 + (clips[1] + 5) / 9 - s["momentum"]
+
+
+def diverges_unless_adam(s):
+    if s["optimizer"] == "adamw":
+        return 5
+    return s["batch_size"] // 8 if s["lr"] > 1e-3 else 6.0
+
+
+# settings -> the final loss, a float; or the step where it diverged, an int; or None, it failed
+OUTCOMES = {
+    "all is well": lambda s: 4 + valley(s, math.log10(s["lr"])),
+    "SGD diverges": diverges_unless_adam,
+    "all diverge": lambda s: 3,
+    "one seed diverges": lambda s: 2 if s["seed"] == 43 else 5.0 + s["lr"] / 1e6,
+    "some fail": lambda s: None if s["optimizer"] != "sgd" and s["lr"] in (3.16e-3, 100) else 5.0,
+}
+BEST = (
+    "Adam | lr 0.001, beta1 0.8, beta2 0.99", "SGD | lr 3.16",
+    "SGD with momentum | lr 3.16, momentum 0.9",
+    "SGD, global norm clipped | lr 3.16, grad_clip 1, momentum 0.9",
+    "clipped SGD | lr 1000, update_clip 0.000158, token_clip 3.16e-06, momentum 0.98 "
+    "(the grid's edge: token_clip, momentum)")
+
+
+def leave_a_run(command, outcome):
+    """Write the files that this command of train.py would leave: 110 steps, some with diagnostics.
+    Returns its folder, and whether it finished."""
+    words = [word[2:].split("=", 1) for word in shlex.split(command) if word.startswith("--")]
+    s = {name: ast.literal_eval(v) if v[0].isdigit() else v for name, v in words}
+    out, result = Path(s.pop("out")), OUTCOMES[outcome](s)
+    if result is None:
+        return out, False
+    lines = []
+    for step in range(1, 111):
+        line = {"step": step, "lr": s["lr"], "tokens": step * s["batch_size"] * 32,
+                "tok_per_s": 1000, "train_loss": 5.0, "grad_norm": 1.0 + 9 * (step == 104),
+                "clipped_tensors": 0.5, "clipped_rows": 0.1}
+        if step == 105 and outcome == "SGD diverges":
+            line["grad_norm"] = None
+        if step % 10 == 0:
+            line |= {"effective_lr": 0.1, "weight_to_gradient": 30.0, "imbalance": None}
+        lines.append(line)
+    done = isinstance(result, float)
+    evals = [{"step": step, "val_loss": 5.0, "val_tokens": 9,
+              "group_losses": [5.0 - step / 100] * 9 + [None]} for step in (0, 110)]
+    lines = [evals[0], *lines, *(evals[1:] if done else [])]
+    lines.append({"final": True, "status": "done" if done else "diverged",
+                  "step": 110 if done else int(result), "val_loss": result if done else None,
+                  "seconds": 3.0})
+    out.mkdir(parents=True)
+    (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (out / "config.json").write_text(json.dumps(
+        {"device": "none", "versions": {"torch": "0"}, "started": "2026-01-01 00:00:00",
+         "git_commit": "0"}))
+    return out, True
+
+
+@pytest.mark.parametrize("outcome", OUTCOMES)
+def test_every_page_stands_whatever_the_runs_came_to(
+        outcome, stream, tmp_path, monkeypatch, capsys):
+    """Each search goes on from the files of the runs that --dry names, until a page is there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [])
+    names = [name for name in adam_sgd_gap.EXPERIMENTS if name != "cost"] + ["spikes"]
+    for name in names if outcome != "one seed diverges" else ["gap"]:
+        words = [name, f"--data={stream}", "--steps=110"]
+        for _ in range(60):
+            main(*words, "--dry")
+            commands = set(capsys.readouterr().out.splitlines())
+            for command in commands:
+                out, finished = leave_a_run(command, outcome)
+                if not finished:
+                    monkeypatch.setitem(FAILED, out, "train.py: it failed")
+            if not commands:
+                break
+        assert not commands, f"{name} does not end"
+
+        with pytest.raises(SystemExit) as leave:
+            main(*words)
+        if (name, outcome) == ("ablation", "all diverge"):
+            reason = "the maximum stable learning rate of SGD with momentum is not known"
+            assert reason in leave.value.code
+            continue
+        assert "FAILED" not in capsys.readouterr().err
+        assert outcome == "some fail" or not leave.value.code
+        page = next((tmp_path / "results" / "nano").glob(f"{name}-*.json"))
+        rows = json.loads(page.read_text(), parse_constant=pytest.fail)["rows"]
+        text = page.with_suffix(".md").read_text()
+        assert rows and not re.search(r"\b(nan|inf|None)\b", text), text
+        assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+        if name not in ("gap", "thresholds"):  # whose tables are of the best runs
+            assert ("diverged" in text) == any(row["status"] == "diverged" for row in rows), text
+        if name == "gap" and outcome == "one seed diverges":
+            assert text.count("1 of 3: diverged at step 2") == 5
+        if name == "gap" and outcome == "all is well":
+            for best in BEST:
+                assert f"| {best} |" in text, text
+            losses = {row["method"]: row["val_loss"] for row in rows if row["role"] == "seed"}
+            adam, sgd = losses["Adam"], losses["SGD"]
+            gaps = f"{sgd / adam - 1:+.1%} ± 0.0% | {sgd - adam:+.3f} ± 0.000"
+            assert f"| {sgd:.3f} ± 0.000 | {math.exp(sgd):.1f} ± 0.0 | {gaps} |" in text
+        if name == "spikes" and outcome == "all is well":
+            assert {row["arm"] for row in rows} == set(spikes.VARIANTS)
+            assert all(row["spikes"] == [104] for row in rows)
+
+
+def test_seeds_are_a_mean_and_a_band_and_divergences_are_above_the_losses():
+    from matplotlib.figure import Figure
+    axes = Figure().subplots()
+    style = {"color": "black"}
+    plot_seeds(axes, [1, 2], [[4.0, 3.0], [6.0, 2.0]], style, "Adam")
+    [line], [band] = axes.lines, axes.collections
+    assert list(line.get_ydata()) == [5.0, 2.5] and line.get_label() == "Adam"
+    corners = band.get_paths()[0].vertices[:, 1]
+    assert (corners.min(), corners.max()) == (2.0, 6.0)
+    mark_diverged(axes, [], style)
+    assert not axes.child_axes
+    mark_diverged(axes, [1.5], style)
+    [strip] = axes.child_axes
+    assert strip.get_ylabel() == "diverged" and list(strip.lines[0].get_xdata()) == [1.5]
+    assert strip.get_position().y0 > axes.get_position().y1 and len(axes.lines) == 1
+
+
+# ---- the command line ----
+
+def test_bad_words_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [])
+    for words in (["demo", "--steps", "5"], ["demo", "--lr=3"], ["nothing"], ["gap", "--seed=7"],
+                  ["demo", "--jobs=0"], ["demo", "--out=x"], ["demo", "steps=5"]):
+        with pytest.raises(SystemExit) as leave:
+            main(*words)
+        assert leave.value.code == 2 and words[-1].split("=")[0] in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit) as leave:  # spikes compares these itself
+        main("spikes", "--init=small")
+    assert leave.value.code == ("spikes: the models differ by --embedding and --init: drop --init")
+
+
+def test_a_dry_run_prints_the_commands_and_does_nothing(tmp_path):
+    for name, words, shape in (("adam_sgd_gap", ["gap"], "--batch_size=4096 --steps=19125"),
+                               ("spikes", [], "--batch_size=1024 --steps=38250")):
+        words += ["--scale=1b", "--data=data/c4", "--nproc=8", "--dry"]
+        done = experiment(name, *words, cwd=tmp_path)
+        assert done.returncode == 0 and not list(tmp_path.iterdir()), done.stderr
+        lines = done.stdout.splitlines()
+        torchrun = "-m torch.distributed.run --standalone --nproc_per_node=8"
+        assert lines and all(torchrun in line and shape in line for line in lines)
+        paper = "--optimizer=clipped_sgd --lr=300.0 --token_clip=0.001 --update_clip=0.0002"
+        assert any(paper in line for line in lines)
+        assert any("--init=small" in line for line in lines) == (name == "spikes")
+
+
+def test_cost_and_a_scale_that_does_not_fit(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [])
+    main("cost", "--scale=1b", "--data=data/c4", "--gpus=16", "--mfu=0.5")
+    out = capsys.readouterr().out
+    matmul = 1_339_082_752 - 49 * 2048 - 32_000 * 2048
+    flops = 20_054_016_000 * (6 * matmul + 6 * 24 * 256 * 2048)
+    assert "| parameters | 1,339,082,752 |" in out
+    assert f"| {flops / (16 * 989e12 * 0.5) / 3600:.2f} |" in out
+    # 32 sequences of 256 tokens: the logits and their gradient in bf16
+    assert f"logits {32 * 256 * 32_000 * 4 / 2**30:.2f}" in out
+    refused = experiment("adam_sgd_gap", "gap", "--scale=1b", "--data=data/c4",
+                         "--micro_batch=4096", cwd=tmp_path)
+    one_line(refused, "1b", "GiB", "--micro_batch")
+    assert not list(tmp_path.iterdir())
