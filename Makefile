@@ -6,56 +6,63 @@ SEEDS ?= 3
 NPROC ?= 1
 JOBS ?= 1
 PY := .venv/bin/python
-NEED := .venv/installed $(if $(DRY),,$(DATA))
-TABLES := $(PY) tables.py --scale=$(SCALE) --data=$(DATA) --seeds=$(SEEDS) --nproc=$(NPROC) --jobs=$(JOBS) $(if $(DRY),--dry) $(FLAGS)
+READY := .venv/installed $(if $(DRY),,$(DATA))
+OPTIONS := --scale=$(SCALE) --data=$(DATA) --seeds=$(SEEDS) --nproc=$(NPROC) --jobs=$(JOBS) \
+	$(if $(DRY),--dry) $(FLAGS)
 
 help:  ## this list
-	@echo "Targets (times: two CPU cores). SCALE=60m and so on, DATA=data directory, SEEDS=runs each, NPROC=processes of a"
-	@echo "run, JOBS=runs at a time, FLAGS=settings of train.py for all, DRY=1 to see the commands only, PYTHON=interpreter."
+	@echo "Targets (times: two CPU cores). Variables: SCALE=60m and so on, DATA=data directory,"
+	@echo "SEEDS=runs of each final setting, NPROC=processes per run, JOBS=runs at a time,"
+	@echo "FLAGS=settings of train.py for all runs, DRY=1 to print the commands, PYTHON=interpreter."
 	@awk -F ':.*## ' '/^[a-z\/]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(NEED)  ## Adam, SGD and clipped SGD side by side: a table and a picture in ten minutes
-	$(TABLES) demo
+demo: $(READY)  ## Adam, SGD with momentum and clipped SGD: a table and a picture in ten minutes
 
-gap: $(NEED)  ## five methods, each at its best settings, SEEDS seeds: the gap to Adam with its interval; three hours
+gap: $(READY)  ## five methods, each at its best settings: the gap to Adam, with intervals; 1.5 hours
 
-lr: $(NEED)  ## the loss against the learning rate, the largest that each method bears: an hour
+lr: $(READY)  ## loss against learning rate, and the maximum stable learning rate; an hour
 
-ablation: $(NEED)  ## each clip, both and none, at a small and a large learning rate: an hour
+ablation: $(READY)  ## each clip, both and none, at a small and a large learning rate; an hour
 
-batch: $(NEED)  ## the gap against the batch size at a fixed number of tokens: two hours
+batch: $(READY)  ## the gap against the batch size at a fixed number of tokens; two hours
 
-dynamics: $(NEED)  ## norms, ratios, imbalance, spikes along training, in small and large batches; shares batch's runs
+dynamics: $(READY)  ## norms, ratios, imbalance and spikes along training; shares batch's runs
 
-thresholds: $(NEED)  ## how the best clips move with the width, the batch and the number of steps: an hour
+thresholds: $(READY)  ## how the best clips move with width, batch size and steps; an hour
 
-frequency: $(NEED)  ## the loss of ten groups of tokens, frequent to rare, along training; shares gap's runs
+frequency: $(READY)  ## the loss of frequent and rare tokens along training; shares gap's runs
 
-spikes: $(NEED)  ## Spike No More's models over learning rates: spikes, loss, the largest that each bears; two hours
+cost: .venv/installed  ## parameters, FLOPs, memory and hours of one run of SCALE; runs nothing
 
-cost: .venv/installed  ## what one run of SCALE takes: parameters, FLOPs, memory, hours; nothing is run
+demo gap lr ablation batch dynamics thresholds frequency cost:
+	$(PY) -m experiments.adam_sgd_gap $@ $(OPTIONS)
 
-gap lr ablation batch dynamics thresholds frequency spikes cost:
-	$(TABLES) $@
+spikes: $(READY)  ## Spike No More's variants over learning rates: loss and spikes; half an hour
+	$(PY) -m experiments.spikes $(OPTIONS)
 
-toy: .venv/installed  ## softmax regression with imbalanced classes: why Adam beats gradient descent; two minutes
-	$(PY) toy.py
+toy: .venv/installed  ## softmax and quadratic models with rare classes; two minutes
+	$(PY) -m experiments.heavy_tails
 
-mnist: .venv/installed data/mnist  ## the same in images: MNIST with barcodes, a class for each; hours, or minutes on a GPU
-	$(PY) mnist.py
+mnist: .venv/installed data/mnist  ## barcoded MNIST; hours, or minutes on a GPU
+	$(PY) -m experiments.heavy_tails mnist --data=data/mnist
 
-bench: $(DATA)  ## speed and memory beside peers (.venv/bin/pip install transformers: one more): a quarter of an hour
-	$(PY) bench.py --model=$(SCALE) --data=$(DATA)
+report: .venv/installed  ## RESULTS.md from results/; seconds
+	$(PY) -m experiments.report
 
-drill: .venv/installed  ## faults and damaged files: what is done, what survives, what is lost; six minutes
-	$(PY) tests/drill.py
+bench: $(DATA)  ## speed and memory beside transformers (if it is installed); a quarter of an hour
+	$(PY) -m experiments.bench --model=$(SCALE) --data=$(DATA)
 
-test: .venv/installed  ## the tests: three minutes
+drill: .venv/installed  ## faults and damaged files: what survives, what is lost; six minutes
+	$(PY) dev/drill.py
+	FUZZ_FILES=2000 $(PY) -m pytest -q -s tests/test_fuzz.py
+
+test: .venv/installed  ## the tests; three minutes
 	@$(MAKE) --no-print-directory -j2 test-runs test-rest
 test-runs:
 	@$(PY) -m pytest -q --disable-warnings tests/test_train.py tests/test_sample.py
 test-rest:
-	@$(PY) -m pytest -q --disable-warnings --ignore=tests/test_train.py --ignore=tests/test_sample.py tests
+	@$(PY) -m pytest -q --disable-warnings --ignore=tests/test_train.py \
+		--ignore=tests/test_sample.py tests
 
 data/python: .venv/installed  ## the embedded corpus: the source of Python's own standard library
 	$(PY) data/prepare.py python --out=$@
@@ -72,4 +79,5 @@ data/c4:
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.PHONY: help demo gap lr ablation batch dynamics thresholds frequency spikes cost toy mnist bench drill test test-runs test-rest data/python
+.PHONY: help demo gap lr ablation batch dynamics thresholds frequency spikes cost toy mnist report \
+	bench drill test test-runs test-rest data/python
