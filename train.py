@@ -60,7 +60,7 @@ class Settings:
     grad_clip: float | None = setting(None, "max. global norm of the gradient, or none")
     # batch and schedule
     batch_size: int = setting(64, "sequences per step, over all devices and micro-batches")
-    micro_batch: int | None = setting(None, "sequences on a device at a time; none: all")
+    micro_batch: int | None = setting(None, "sequences at a time; none: all, on a CPU up to 16")
     steps: int = setting(200, "optimizer steps")
     warmup: float = setting(0.1, "fraction of the steps in which the learning rate rises")
     min_lr: float = setting(0.1, "fraction of the peak at which the cosine ends")
@@ -184,6 +184,13 @@ def can_compile(device):
         return False
 
 
+def default_micro_batch(sequences, device):
+    """All at once; on a CPU, whose caches are small, the largest divisor up to 16 (dev/LOG.md)."""
+    if device.type == "cuda":
+        return sequences
+    return max(n for n in range(1, 17) if sequences % n == 0)
+
+
 def open_data(s):
     """The training batches and the validation set. Reads the first of each, as a check."""
     sampler = BatchSampler(TokenDataset(s.data, "train"), s.batch_size, s.seed)
@@ -240,7 +247,7 @@ def train(s):
     if counts is not None:
         groups = frequency_groups(counts)
     groups = groups.to(device)
-    micro_batch = s.micro_batch or s.batch_size // dist.size
+    micro_batch = s.micro_batch or default_micro_batch(s.batch_size // dist.size, device)
 
     # model and optimizer; weights are drawn on the CPU, so that a seed means the same everywhere
     identity = {name: value for name, value in asdict(s).items() if name not in MAY_CHANGE}

@@ -153,13 +153,16 @@ def test_the_baselines_learn(optimizer, more, stream, tmp_path):
 
 def test_the_readmes_exercise_adds_an_optimizer(stream, tmp_path):
     """Its lines, put where it says, into a copy of the code."""
-    code = re.search(r"```python\n(class Signum.*?)\n\n( +if name.*?)  # in build_optimizer\n(.*?)\n\n(.*?)  # in OPTIMIZER_SETTINGS",
-                     (ROOT / "README.md").read_text(), re.S)
+    readme = (ROOT / "README.md").read_text()
+    optimizer = re.search(r"```python\n(class Signum.*?)```", readme, re.S)[1]
+    lines = re.search(r'```python\n( +if name == "signum".*?)```', readme, re.S)[1]
+    entry = '"signum": ("momentum",)'
+    assert entry in readme
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
-    for name, old, new in (("optim.py", "def build_optimizer(", f"{code[1]}\n\n\ndef build_optimizer("),
-                           ("optim.py", "    raise ValueError(f\"no optimizer", f"{code[2]}\n{code[3]}\n    raise ValueError(f\"no optimizer"),
-                           ("train.py", "OPTIMIZER_SETTINGS = {", f"OPTIMIZER_SETTINGS = {{{code[4]}, ")):
+    for name, old, new in (("optim.py", "def build_optimizer(", f"{optimizer}\n\ndef build_optimizer("),
+                           ("optim.py", "    raise ValueError(f\"no optimizer", f"{lines}    raise ValueError(f\"no optimizer"),
+                           ("train.py", "OPTIMIZER_SETTINGS = {", f"OPTIMIZER_SETTINGS = {{{entry}, ")):
         text = (tmp_path / name).read_text()
         assert text.count(old) == 1
         (tmp_path / name).write_text(text.replace(old, new))
