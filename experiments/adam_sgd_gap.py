@@ -14,15 +14,14 @@ import math
 import shlex
 import statistics
 import sys
-from itertools import takewhile
 from pathlib import Path
 
 import torch
 
 from experiments.sweep import (
-    LR_GRID, STYLES, ExperimentResult, Run, coordinate_search, fmt, gap_to, interval_text,
-    lower_until_stable, markdown_table, mark_diverged, max_stable_lr, next_above, next_below,
-    outcomes, plot_seeds, rerun_with_new_seeds, run_all, save_results)
+    LR_GRID, STYLES, ExperimentResult, Run, coordinate_search, finished, fmt, gap_to, interval_text,
+    lower_until_stable, mark_diverged, markdown_table, max_stable_lr, outcomes, plot_seeds,
+    rerun_with_new_seeds, run_all, save_results)
 from loader import UserError, read_meta, token_counts
 from metrics import frequency_groups
 from model import SIZES, Config
@@ -47,9 +46,7 @@ METHODS = {
         "start": {"optimizer": "adamw", "lr": 3.16e-3, "beta1": 0.9, "beta2": 0.95},
         "at": {scale: {"lr": 1e-3} for scale in ("60m", "130m", "350m", "1b")},
         "axes": {"beta1": MOMENTA, "beta2": (0.8, 0.9, 0.95, 0.99, 0.999)}},
-    "SGD": {
-        "start": {"optimizer": "sgd", "momentum": 0, "lr": 0.316},
-        "axes": {}},
+    "SGD": {"start": {"optimizer": "sgd", "momentum": 0, "lr": 0.316}, "axes": {}},
     "SGD with momentum": {
         "start": {"optimizer": "sgd", "lr": 1.0, "momentum": 0.9},
         "axes": {"momentum": MOMENTA}},
@@ -89,9 +86,8 @@ def final_runs(found, args):
     """{method: runs} at other seeds than the search's, from {method: (best run, all runs)}; where
     one of them diverges, all at the next lower learning rate, and so on."""
     def at_new_seeds(name, **lower_lr):
-        best = found[name][0]
-        run = Run(name, {**best.settings, **lower_lr}, best.axes)
-        return rerun_with_new_seeds(run, args, first=1)
+        settings = found[name][0].settings | lower_lr
+        return rerun_with_new_seeds(method(name, args, **settings), args, first=1)
     final = {name: at_new_seeds(name) for name in found}
     run_all(sum(final.values(), []), args)
     return {name: lower_until_stable(lambda **lr: at_new_seeds(name, **lr), runs, args)[-1]
@@ -100,22 +96,25 @@ def final_runs(found, args):
 
 def lr_grid(name, args, **changes):
     """Runs of a method at five learning rates, from one below its start to three above."""
-    start = method(name, args).settings["lr"]
-    i = min(range(len(LR_GRID)), key=lambda i: abs(math.log(LR_GRID[i] / start)))
+    start = method(name, args).lr
+    i = LR_GRID.index(min(LR_GRID, key=lambda value: abs(math.log(value / start))))
     return [method(name, args, **changes, lr=value)
             for value in (LR_GRID[i - 1], start, *LR_GRID[i + 1:i + 4])]
 
 
 def stable_lr(runs):
     """Of runs by rising learning rate: the largest below the first that diverged, as text."""
-    below = list(takewhile(lambda run: not run.diverged, runs))
-    lrs = [run.settings["lr"] for run in below if run.final]
-    bound = "at least " if len(below) == len(runs) else ""
-    return f"{bound}{lrs[-1]:g}" if lrs else "-"
+    diverged = [run.diverged for run in runs]
+    below = runs[:diverged.index(True)] if any(diverged) else runs
+    lrs = [f"{run.lr:g}" for run in finished(below)] or ["-"]
+    return f"at least {lrs[-1]}" if finished(runs) and below == runs else lrs[-1]
 
 
 def resized(s, args, batch_size, steps):
     """What changes in settings s for a batch size and steps, with as many evaluations."""
+    if batch_size < args.nproc or steps < 1:
+        raise UserError(f"{steps} steps of {batch_size} sequences with --nproc={args.nproc} cannot "
+                        "be run: give more --steps or a larger --batch_size")
     changes = {"batch_size": batch_size, "steps": steps,
                "eval_every": max(1, steps * s["eval_every"] // s["steps"])}
     if s.get("micro_batch"):
@@ -126,27 +125,20 @@ def resized(s, args, batch_size, steps):
 def batch_sizes(args):
     """Changes for batches of 1/16, 1/4, 1 and 4 times the scale's, at its number of tokens."""
     s = method("Adam", args).settings
-    size, sequences = s["batch_size"], s["batch_size"] * s["steps"]
-    if size // 16 < args.nproc or s["steps"] < 4:
-        raise UserError(f"{s['steps']} steps of {size} sequences leave no batches of 1/16 to 4 "
-                        "times the size: give more --steps or a larger --batch_size")
-    return [resized(s, args, n, sequences // n) for n in (size // 16, size // 4, size, 4 * size)]
-
-
-def state_bytes(s):
-    """Bytes of optimizer state per parameter: Adam has two fp32 averages, momentum is one."""
-    return {"adamw": 8, "sgd": 4, "clipped_sgd": 4}[s["optimizer"]] if s.get("momentum", 1) else 0
+    size = s["batch_size"]
+    return [resized(s, args, n, size * s["steps"] // max(1, n))
+            for n in (size // 16, size // 4, size, 4 * size)]
 
 
 def clip_shares(run):
     """The shares of tensors and of token rows that were clipped, means over a run, as text."""
-    return [fmt(run.mean(name), ".0%") for name in ("clipped_tensors", "clipped_rows")]
+    return [fmt(run.average(name), ".0%") for name in ("clipped_tensors", "clipped_rows")]
 
 
 def plot_losses(axes, runs_by_method):
     """Validation loss along training, for {method: runs at some seeds}."""
     for name, runs in runs_by_method.items():
-        if done := [run for run in runs if run.loss < math.inf]:
+        if done := finished(runs):
             plot_seeds(axes, [line["step"] for line in done[0].evals],
                        [[line["val_loss"] for line in run.evals] for run in done],
                        STYLES[name], name)
@@ -154,24 +146,28 @@ def plot_losses(axes, runs_by_method):
     axes.set(xlabel="step", ylabel="validation loss (nats per token)")
 
 
+def plot_final(axes, x, runs, style, label):
+    """The final losses of runs against x(run)."""
+    done = finished(runs)
+    axes.plot([x(run) for run in done], [run.loss for run in done], label=label, **style)
+    mark_diverged(axes, [x(run) for run in runs if run.diverged], style)
+    axes.set_ylabel("final loss (nats per token)")
+
+
 def plot_by_lr(axes, runs, style, label):
-    """Final validation loss against the peak learning rate."""
-    done = [run for run in runs if run.loss < math.inf]
-    lrs = [run.settings["lr"] for run in done]
-    axes.plot(lrs, [run.loss for run in done], label=label, **style)
-    mark_diverged(axes, [run.settings["lr"] for run in runs if run.diverged], style)
+    plot_final(axes, lambda run: run.lr, runs, style, label)
     axes.set(xscale="log", xlabel="peak learning rate (log scale)")
 
 
 # ---- experiments ----
 
 def demo(args):
-    names = ("Adam", "SGD with momentum", "clipped SGD")
-    runs = run_all([method(name, args) for name in names], args)
+    runs = run_all([method(name, args)
+                    for name in ("Adam", "SGD with momentum", "clipped SGD")], args)
     rows = [run.row(adam=runs[0]) for run in runs]
     table = markdown_table(
         ("method", "learning rate", "validation loss", "gap to Adam", "minutes", "tokens/s"),
-        [(run.label, f"{run.settings['lr']:g}", run.outcome, fmt(row["gap"], "+.1%"),
+        [(run.label, f"{run.lr:g}", run.outcome, fmt(row["gap"], "+.1%"),
           f"{(row['seconds'] or 0) / 60:.1f}", fmt(row["tok_per_s"], ",.0f"))
          for run, row in zip(runs, rows)])
     return ExperimentResult(
@@ -185,18 +181,18 @@ def gap(args):
     found = {name: search(name, args) for name in METHODS}
     final = final_runs(found, args)
     rows, lines = [], []
-    for name, runs in final.items():
-        best, tried = found[name]
-        pairs = list(zip(final["Adam"], runs))
-        rows += [run.row(adam) | {"role": "seed"} for adam, run in pairs]
+    for name, (best, tried) in found.items():
+        runs, adams = final[name], final["Adam"]
+        rows += [run.row(adam) | {"role": "seed"} for run, adam in zip(runs, adams)]
         rows += [run.row(found["Adam"][0]) | {"role": "search"} for run in tried]
         edges = [axis for axis, grid in METHODS[name]["axes"].items()
                  if best.settings[axis] in (grid[0], grid[-1])]
         edge = f" (the grid's edge: {', '.join(edges)})" if edges else ""
         lines.append((name, runs[0].settings_text + edge, outcomes(runs),
                       interval_text([math.exp(run.loss) for run in runs], ".1f"),
-                      interval_text([gap_to(adam, run) for adam, run in pairs], "+.1%"),
-                      interval_text([run.loss - adam.loss for adam, run in pairs], "+.3f"),
+                      interval_text(map(gap_to, adams, runs), "+.1%"),
+                      interval_text([run.loss - adam.loss for run, adam in zip(runs, adams)],
+                                    "+.3f"),
                       *clip_shares(runs[0]), str(state_bytes(best.settings)), str(len(tried))))
     table = markdown_table(
         ("method", "best settings", "validation loss", "perplexity", "gap to Adam", "gap, nats",
@@ -216,22 +212,21 @@ def lr(args):
     runs = run_all(sum(grids.values(), []), args)
     best = {name: min(grid, key=lambda run: run.loss) for name, grid in grids.items()}
     rows = [run.row(best["Adam"]) | {"best": run is best[run.label],
-                                     "effective_lr": run.mean("effective_lr")} for run in runs]
+                                     "effective_lr": run.average("effective_lr")} for run in runs]
     lines = []
     for name, grid in grids.items():
-        top = best[name] if best[name].loss < math.inf else None  # None: all diverged
-        lines.append((name, "; ".join(f"{run.settings['lr']:g}: {run.outcome}" for run in grid),
-                      f"{top.settings['lr']:g}" if top else "-",
-                      fmt(gap_to(best["Adam"], best[name]), "+.1%"), stable_lr(grid),
-                      fmt(top.mean("effective_lr"), ".2g") if top else "-"))
+        top, at_best = best[name], ("-", "-")
+        if finished(grid):
+            at_best = (f"{top.lr:g}", fmt(top.average("effective_lr"), ".2g"))
+        lines.append((name, "; ".join(f"{run.lr:g}: {run.outcome}" for run in grid),
+                      fmt(gap_to(best["Adam"], top), "+.1%"), stable_lr(grid), *at_best))
     table = markdown_table(
-        ("method", "validation loss by learning rate", "best", "gap to Adam",
-         "maximum stable learning rate", "effective learning rate at the best"), lines)
+        ("method", "validation loss by learning rate", "gap to Adam",
+         "maximum stable learning rate", "best", "effective learning rate at the best"), lines)
 
     def draw(axes):
         for name, grid in grids.items():
             plot_by_lr(axes, grid, STYLES[name], name)
-        axes.set_ylabel("final validation loss (nats per token)")
     return ExperimentResult("Final loss against the learning rate", table, rows, runs,
                             "Final validation loss against the peak learning rate.", draw)
 
@@ -239,52 +234,52 @@ def lr(args):
 def ablation(args):
     """Is it the clipping or the learning rate?"""
     small, searched = max_stable_lr(lambda **c: method("SGD with momentum", args, **c), args)
-    large = method("clipped SGD", args).settings["lr"]
+    large = method("clipped SGD", args).lr
     best_adam, tried = search("Adam", args)
     # at lr 1e9 every update is clipped: each tensor's is scaled to one RMS
     normalized, more = search("clipped SGD", args, ["update_clip"], lr=1e9, token_clip=None)
     searched += tried + more
 
-    cells = {}  # (clip, learning rate): runs; the last column says whether at all seeds
-    for clip, name, changes, seeds in (
-            ("no clip", "clipped SGD", {"token_clip": None, "update_clip": None}, True),
-            ("token clip", "clipped SGD", {"update_clip": None}, False),
-            ("update clip", "clipped SGD", {"token_clip": None}, False),
-            ("both clips", "clipped SGD", {}, True),
-            ("global norm", "SGD, global norm clipped", {}, False)):
+    cells = {}  # (clip, learning rate): runs
+    for clip, name, changes in (
+            ("no clip", "clipped SGD", {"token_clip": None, "update_clip": None}),
+            ("token clip", "clipped SGD", {"update_clip": None}),
+            ("update clip", "clipped SGD", {"token_clip": None}),
+            ("both clips", "clipped SGD", {}),
+            ("global norm", "SGD, global norm clipped", {})):
         for value in (small, large):
             run = method(name, args, lr=value, **changes)
-            cells[clip, value] = rerun_with_new_seeds(run, args) if seeds else [run]
+            all_seeds = clip in ("no clip", "both clips")
+            cells[clip, value] = rerun_with_new_seeds(run, args) if all_seeds else [run]
     cells["per-tensor normalized", None] = rerun_with_new_seeds(normalized, args)
     cells["Adam", None] = adams = rerun_with_new_seeds(best_adam, args)
-    run_all(sum(cells.values(), []), args)
+    runs = run_all(sum(cells.values(), []), args) + searched
 
     rows, lines = [], []
-    for (clip, _), runs in cells.items():
-        rows += [run.row(adam) | {"cell": clip, "clipped_tensors": run.mean("clipped_tensors"),
-                                  "clipped_rows": run.mean("clipped_rows")}
-                 for adam, run in zip(adams, runs)]
-        lines.append((clip, runs[0].settings_text, outcomes(runs),
-                      interval_text(map(gap_to, adams, runs), "+.1%"), str(len(runs)),
-                      *clip_shares(runs[0])))
+    for (clip, _), cell in cells.items():
+        rows += [run.row(adam) | {"cell": clip, "clipped_tensors": run.average("clipped_tensors"),
+                                  "clipped_rows": run.average("clipped_rows")}
+                 for run, adam in zip(cell, adams)]
+        lines.append((clip, cell[0].settings_text, outcomes(cell),
+                      interval_text(map(gap_to, adams, cell), "+.1%"), str(len(cell)),
+                      *clip_shares(cell[0])))
     rows += [run.row(best_adam) | {"cell": "search"} for run in searched]
     table = markdown_table(("clip", "settings", "validation loss", "gap to Adam", "seeds",
                             "tensors clipped", "token rows clipped"), lines)
 
     def draw(axes):
         clips = list(dict.fromkeys(clip for clip, _ in cells))
-        styles = {small: ("#d55e00", "maximum stable learning rate of SGD", -0.1),
-                  large: ("#0072b2", "learning rate of clipped SGD", 0.1),
-                  None: ("black", "searched", 0)}
-        for (clip, value), runs in cells.items():
-            color, label, shift = styles[value]
-            x, done = clips.index(clip) + shift, [run.loss for run in runs if run.loss < math.inf]
-            axes.plot([x] * len(done), done, "o", color=color, label=label)
-            mark_diverged(axes, [x for run in runs if run.diverged], {"color": color}, row=2)
-        axes.set(xticks=range(len(clips)), xticklabels=[clip.replace(" ", "\n") for clip in clips],
-                 ylabel="final validation loss (nats per token)")
+        clip_of = {run: clips.index(clip) for (clip, _), cell in cells.items() for run in cell}
+        for value, color, label in (
+                (small, "#d55e00", "maximum stable learning rate of SGD"),
+                (large, "#0072b2", "learning rate of clipped SGD"),
+                (None, "black", "searched")):
+            shown = sum([cell for (_, lr), cell in cells.items() if lr == value], [])
+            style = {"color": color, "marker": "o", "linestyle": ""}
+            plot_final(axes, clip_of.get, shown, style, label)
+        axes.set_xticks(range(len(clips)), [clip.replace(" ", "\n") for clip in clips])
     return ExperimentResult(
-        "Which clip, at which learning rate", table, rows, sum(cells.values(), []) + searched,
+        "Which clip, at which learning rate", table, rows, runs,
         "Clips at the maximum stable learning rate of SGD with momentum and at clipped SGD's; "
         "per-tensor normalized SGD; Adam. Shares clipped are of the first seed.", draw)
 
@@ -299,25 +294,24 @@ def batch(args):
         line = [str(shape["batch_size"])]
         for name in names:
             # start from the best at the batch size before
-            start = best[name][-1].settings if best[name] else {}
-            start = {axis: start[axis] for axis in BATCH_AXES if axis in start}
+            before = best[name][-1].settings if best[name] else {}
+            start = {axis: before[axis] for axis in BATCH_AXES if axis in before}
             run, tried = search(name, args, BATCH_AXES, **shape, **start)
             best[name].append(run)
             adam = best["Adam"][-1]
             rows += [each.row(adam) | {"best": each.out == run.out} for each in tried]
             runs += tried
-            line.append(f"{run.outcome} ({run.settings['lr']:g}), {fmt(gap_to(adam, run), '+.1%')}")
+            line.append(f"{run.outcome} ({run.lr:g}), {fmt(gap_to(adam, run), '+.1%')}")
         lines.append(line)
     table = markdown_table(
         ("sequences per batch", *(f"{name}: loss (lr), gap" for name in names)), lines)
 
     def draw(axes):
-        sizes = [line[0] for line in lines]
-        axes.plot(sizes, [0] * len(sizes), label="Adam", **STYLES["Adam"])
-        for name in names[1:]:
+        for name in names:
             gaps = [gap_to(adam, run) for adam, run in zip(best["Adam"], best[name])]
-            gaps = [math.nan if gap is None else 100 * gap for gap in gaps]
-            axes.plot(sizes, gaps, label=name, **STYLES[name])
+            axes.plot([line[0] for line in lines],
+                      [math.nan if gap is None else 100 * gap for gap in gaps],
+                      label=name, **STYLES[name])
         axes.set(xlabel="sequences per batch", ylabel="gap to Adam (% of its loss)")
     return ExperimentResult(
         "The gap to Adam against the batch size", table, rows, runs,
@@ -326,21 +320,18 @@ def batch(args):
 
 
 def dynamics(args):
-    shapes = batch_sizes(args)
-    sizes = {"small batch": shapes[0], "large batch": shapes[2]}  # the largest has too few steps
+    small, _, large, _ = batch_sizes(args)  # the largest has too few steps
     found = {(name, size): search(name, args, BATCH_AXES, **shape)
-             for size, shape in sizes.items() for name in ("Adam", "clipped SGD")}
+             for size, shape in (("small batch", small), ("large batch", large))
+             for name in ("Adam", "clipped SGD")}
     quantities = {"grad_norm": "gradient norm", "weight_to_gradient": "weight-to-gradient ratio",
                   "effective_lr": "effective learning rate", "imbalance": "token-class imbalance"}
     rows, lines = [], []
     for (name, size), (run, _) in found.items():
-        medians = {}
-        for key in quantities:
-            values = [line[key] for line in run.steps if line.get(key) is not None]
-            medians[key] = statistics.median(values) if values else None
+        medians = {key: run.average(key, statistics.median) for key in quantities}
         rows.append(run.row(found["Adam", size][0])
                     | {"size": size, "spikes": run.spikes, **medians})
-        lines.append((name, str(run.settings["batch_size"]), f"{run.settings['lr']:g}", run.outcome,
+        lines.append((name, str(run.settings["batch_size"]), f"{run.lr:g}", run.outcome,
                       *(fmt(median, ".3g") for median in medians.values()),
                       f"{len(run.spikes)} of {max(0, len(run.steps) - 100)}"))
     table = markdown_table(
@@ -351,9 +342,9 @@ def dynamics(args):
     def draw(panels):
         for axes, (key, text) in zip(panels.flat, quantities.items()):
             for (name, size), (run, _) in found.items():
-                steps = [line for line in run.steps if line.get(key) is not None]
+                steps = run.logged(key)
                 axes.plot([line["tokens"] / 1e6 for line in steps], [line[key] for line in steps],
-                          color={"Adam": "black"}.get(name, "#56b4e9"), label=f"{name}, {size}",
+                          color="black" if name == "Adam" else "#56b4e9", label=f"{name}, {size}",
                           linewidth=0.5 if size == "small batch" else 1.5)
             axes.set(yscale="log", xlabel="million tokens", ylabel=f"{text} (log scale)")
     return ExperimentResult(
@@ -363,57 +354,39 @@ def dynamics(args):
         "A spike is a gradient norm above 5 x the median of the 100 steps before.", draw, (2, 2))
 
 
-def parabola(best, axis, tried):
-    """Where along an axis, in logarithms, the parabola through the losses of the best run and its
-    two neighbours on the grid has its minimum; None if one of them is missing."""
-    grid, x = METHODS[best.label]["axes"][axis], best.settings[axis]
-    losses = {run.settings[axis]: run.loss for run in tried
-              if {**run.settings, axis: x} == best.settings}
-    below, above = (losses.get(neighbour(grid, x), math.inf) - best.loss
-                    for neighbour in (next_below, next_above))
-    curved = 0 < below + above < math.inf
-    return x * 10 ** ((below - above) / (below + above) / 4) if curved else None
-
-
 def thresholds(args):
     """How the best settings of clipped SGD move with the width, the batch and the steps."""
     s, axes = method("Adam", args).settings, ("lr", "update_clip", "token_clip")
     size, steps, i = s["batch_size"] // 2, s["steps"] // 2, list(SIZES).index(s["model"])
-    if steps < 8 or size // 4 < args.nproc:
-        raise UserError(f"half of {s['steps']} steps and of {s['batch_size']} sequences cannot be "
-                        "divided by 4: give more --steps or a larger --batch_size")
-    base = resized(s, args, size, steps)
-    centre, tried = search("clipped SGD", args, axes, **base)
-    found = [(centre, tried)]
-    base |= {axis: centre.settings[axis] for axis in axes}
     points = [{"model": model} for model in list(SIZES)[max(0, i - 1):i + 2] if model != s["model"]]
     points += [resized(s, args, n, steps) for n in (size // 4, 4 * size)]
     points += [resized(s, args, size, n) for n in (steps // 4, 4 * steps)]
+    base = resized(s, args, size, steps)
+    found = [search("clipped SGD", args, axes, **base)]
+    centre = found[0][0]
+    base |= {axis: centre.settings[axis] for axis in axes}
     found += [search("clipped SGD", args, axes, **{**base, **changes}) for changes in points]
 
-    rows, lines, minima = [], [], {}
+    rows, lines = [], []
     for best, tried in found:
         rows += [run.row() | {"best": run.out == best.out} for run in tried]
-        minima[best] = {axis: parabola(best, axis, tried) for axis in axes[1:]}
         s = best.settings
         lines.append((s["model"], str(s["batch_size"]), str(s["steps"]), best.outcome,
-                      f"{s['lr']:g}", *(f"{s[axis]:g} ({fmt(x, '.2g')})"
-                                        for axis, x in minima[best].items())))
+                      *(f"{s[axis]:g}" for axis in axes)))
     table = markdown_table(("model", "sequences per batch", "steps", "validation loss", "best lr",
                             "update clip", "token clip"), lines)
 
     def draw(panels):
-        values = {"hidden size": lambda run: Config.named(run.settings["model"], 1).hidden,
-                  "sequences per batch": lambda run: run.settings["batch_size"],
-                  "steps": lambda run: run.settings["steps"]}
-        for panel, (label, value) in zip(panels, values.items()):
-            # the centre, and the points that differ from it in this one
-            line = [run for run in minima if run.loss < math.inf
-                    and (run is centre or value(run) != value(centre))]
-            line.sort(key=value)
+        varied = {"model": "model, by width", "batch_size": "sequences per batch", "steps": "steps"}
+        for panel, (key, label) in zip(panels, varied.items()):
+            # the centre, and the points that differ from it in this
+            line = [run for run in finished(best for best, _ in found)
+                    if run is centre or run.settings[key] != centre.settings[key]]
+            line.sort(key=lambda run: (list(SIZES).index(run.settings["model"]),
+                                       run.settings["batch_size"], run.settings["steps"]))
             for axis, style in (("update_clip", "clipped SGD"), ("token_clip", "Adam")):
-                panel.plot([str(value(run)) for run in line],
-                           [minima[run][axis] or run.settings[axis] for run in line],
+                panel.plot([str(run.settings[key]) for run in line],
+                           [run.settings[axis] for run in line],
                            label=axis.replace("_", " "), **STYLES[style])
             panel.sharey(panels[0])
             panel.set(yscale="log", xlabel=label)
@@ -421,8 +394,8 @@ def thresholds(args):
     return ExperimentResult(
         "Best clips against width, batch and steps", table, rows,
         sum([tried for _, tried in found], []),
-        "The best settings of clipped SGD by a search in steps of sqrt(10), one seed. In brackets, "
-        "and drawn, is the minimum of a parabola through the losses beside the best.", draw, (1, 3))
+        "The best settings of clipped SGD by a search in steps of sqrt(10), one seed.",
+        draw, (1, 3))
 
 
 def frequency(args):
@@ -435,15 +408,15 @@ def frequency(args):
     final = final_runs({name: search(name, args) for name in names}, args)
     if args.dry:
         return None
-    group, rows, losses = frequency_groups(counts), [], {}
+    rows, losses = [], {}
     for name, runs in final.items():
         for adam, run in zip(final["Adam"], runs):
             by_group = run.evals[-1]["group_losses"] if run.evals else None
             rows.append(run.row(adam) | {"group_losses": by_group})
         # [seeds][groups, then all tokens]; None where the run did not finish
-        losses[name] = [[*run.evals[-1]["group_losses"], run.loss] if run.loss < math.inf
+        losses[name] = [[*run.evals[-1]["group_losses"], run.loss] if finished([run])
                         else [None] * 11 for run in runs]
-    lines = []
+    group, lines = frequency_groups(counts), []
     for i in range(11):
         closed = []  # share of the gap of SGD with momentum to Adam that clipped SGD closes
         for adam, sgd, clipped in zip(*losses.values()):
@@ -458,7 +431,7 @@ def frequency(args):
 
     def draw(panels):
         for axes, name in zip(panels, names):
-            done = [run.evals for run in final[name] if run.loss < math.inf]
+            done = [run.evals for run in finished(final[name])]
             for i in range(10):
                 series = [[line["group_losses"][i] for line in evals] for evals in done]
                 if done and None not in series[0]:
@@ -477,35 +450,41 @@ def frequency(args):
 
 def data_shape(args):
     """Vocabulary and sequence length of the data, or of the paper's if it is not there yet."""
-    meta = {"vocab_size": 32000, "seq_len": 256}
-    if Path(args.data).is_dir():
-        meta = read_meta(args.data)
+    if not Path(args.data).is_dir():
+        return 32000, 256
+    meta = read_meta(args.data)
     return meta["vocab_size"], meta["seq_len"]
 
 
-def memory(s, vocab, seq_len, gpu=True):
-    """Bytes per device, by part (ours; nano's on a CPU grow by 0.7 to 1.1 times the last two).
+def state_bytes(s):
+    """Bytes of optimizer state per parameter: Adam has two fp32 averages, momentum is one."""
+    return {"adamw": 8, "sgd": 4, "clipped_sgd": 4}[s["optimizer"]] if s.get("momentum", 1) else 0
 
-    Under bf16 autocast (gpu) an activation takes 2 bytes, else 4; each layer keeps 7 x hidden + 3 x
-    ffn of them per token, and the logits of a micro-batch come with their gradient. The copies of
-    the weights are in bf16 for the products, and in fp32 for the diagnostics.
+
+def memory(s, vocab, seq_len):
+    """GiB per GPU under bf16 autocast, by part (ours).
+
+    Each layer keeps 7 x hidden + 3 x ffn activations per token, and the logits of a micro-batch
+    come with their gradient. The weights are copied in bf16 for the products, and in fp32 for the
+    diagnostics.
     """
-    config, size = Config.named(s["model"], vocab), 2 if gpu else 4
+    config = Config.named(s["model"], vocab)
     tokens = (s.get("micro_batch") or min(16, s["batch_size"])) * seq_len
-    return {"weights": 4 * config.parameters, "gradients": 4 * config.parameters,
-            "optimizer state": state_bytes(s) * config.parameters,
-            "copies of the weights": (6 if gpu else 4) * config.parameters,
-            "activations": size * tokens * config.layers * (7 * config.hidden + 3 * config.ffn),
-            "logits": 2 * size * tokens * vocab}
+    parts = {"weights": 4 * config.parameters, "gradients": 4 * config.parameters,
+             "optimizer state": state_bytes(s) * config.parameters,
+             "copies of the weights": 6 * config.parameters,
+             "activations": 2 * tokens * config.layers * (7 * config.hidden + 3 * config.ffn),
+             "logits": 4 * tokens * vocab}
+    return {part: size / 2**30 for part, size in parts.items()}
 
 
 def check_memory(args):
     """Refuse a scale beyond nano that does not fit on the GPU here."""
     s = method("Adam", args).settings
-    need = sum(memory(s, *data_shape(args)).values()) / 2**30
-    have = 0
-    if torch.cuda.is_available():
-        have = torch.cuda.get_device_properties(0).total_memory / 2**30
+    if args.scale == "nano" or s.get("device") == "cpu":
+        return
+    need = sum(memory(s, *data_shape(args)).values())
+    have = torch.cuda.mem_get_info()[1] / 2**30 if torch.cuda.is_available() else 0
     if need > have:
         raise UserError(f"{args.scale} needs about {need:.0f} GiB per GPU at --micro_batch="
                         f"{s['micro_batch']}, and here are {have:.0f} GiB: lower --micro_batch, "
@@ -517,17 +496,16 @@ def cost(args):
     vocab, seq_len = data_shape(args)
     s = method("Adam", args).settings
     config, tokens = Config.named(s["model"], vocab), s["steps"] * s["batch_size"] * seq_len
-    flops = config.flops_per_token(seq_len) * tokens
-    hours = flops / (args.gpus * args.peak * args.mfu) / 3600
+    per_token = config.flops_per_token(seq_len)
+    hours = tokens * per_token / (args.gpus * args.peak * args.mfu) / 3600
     lines = [("parameters", f"{config.parameters:,}"),
              ("tokens", f"{tokens:,} ({s['steps']} x {s['batch_size']} x {seq_len})"),
-             ("FLOPs", f"{flops:.3g} ({config.flops_per_token(seq_len):.3g} per token)"),
+             ("FLOPs", f"{tokens * per_token:.3g} ({per_token:.3g} per token)"),
              (f"hours on {args.gpus} x {args.peak:.3g} FLOP/s at {args.mfu:.0%}", f"{hours:,.2f}")]
     for name in ("Adam", "clipped SGD"):
-        parts = memory(method(name, args).settings, vocab, seq_len, args.scale != "nano")
-        sizes = [f"{part} {size / 2**30:.2f}" for part, size in parts.items()]
-        lines.append((f"GiB per device, {name}",
-                      f"{sum(parts.values()) / 2**30:.2f} ({', '.join(sizes)})"))
+        parts = memory(method(name, args).settings, vocab, seq_len)
+        sizes = ", ".join(f"{part} {size:.2f}" for part, size in parts.items())
+        lines.append((f"GiB per GPU, {name}", f"{sum(parts.values()):.2f} ({sizes})"))
     print(markdown_table((f"one run of {args.scale}", ""), lines))
 
 
@@ -566,8 +544,7 @@ def main(experiments):
     args.command = f"python -m experiments.{Path(sys.argv[0]).stem} {shlex.join(sys.argv[1:])}"
 
     try:
-        on_gpu = args.scale != "nano" and args.override.get("device") != "cpu"
-        if on_gpu and args.name != "cost" and not args.dry:
+        if args.name != "cost" and not args.dry:
             check_memory(args)
         result = experiments[args.name](args)
         if result and not args.dry:
@@ -575,8 +552,7 @@ def main(experiments):
     except UserError as e:
         sys.exit(f"{args.name}: {e}")
     if args.dry:
-        print("these are the first runs: a search continues from what it finds; the names of the "
-              "runs' folders depend on the data, too", file=sys.stderr)
+        print("the first runs only: a search continues from what it finds", file=sys.stderr)
     elif result:
         sys.exit(any(run.final is None for run in result.runs))
 

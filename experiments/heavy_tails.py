@@ -6,8 +6,7 @@
 
 quadratic, rates: two problems with known solutions. softmax: the loss by class frequency under ten
 optimizers; reweighted: with rare classes weighted up; hessian: its gradient and Hessian. mnist: ten
-digits beside many rare classes with barcodes. All training is full batch, on a GPU if there is one.
-Each writes results/toy/NAME.md, .json and .png.
+digits beside many rare classes with barcodes. Each writes results/toy/NAME.md, .json and .png.
 """
 import argparse
 import gzip
@@ -15,7 +14,6 @@ import math
 import sys
 import time
 import zlib
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
@@ -26,8 +24,7 @@ import torch.nn.functional as F
 from torch.optim import SGD, Adam
 
 from checkpoint import hardware
-from experiments.sweep import (LR_GRID, ExperimentResult, fmt, markdown_table, next_above,
-                               next_below, write_page)
+from experiments.sweep import LR_GRID, ExperimentResult, markdown_table, write_page
 from loader import UserError
 from optim import ClippedSGD
 
@@ -37,13 +34,11 @@ COLORS = ("#bbbbbb", "#0072b2", "#d55e00", "#000000", "#009e73", "#e69f00", "#cc
 
 # ---- full-batch training ----
 
-def clipped_sgd(params, step_size, update_clip):
-    """SGD-LL (Glentis et al. 2026), whose update clip binds at its learning rate of 100 and so is
-    the step size; or without it. The rows of the output layer's momentum are clipped to 1e-3."""
+def clipped_sgd(params, lr, update_clip=None):
+    """SGD-LL (Glentis et al. 2026). The rows of the output layer's momentum are clipped to 1e-3."""
     *others, output, bias = params
     groups = [{"params": [output], "token_clip": 1e-3}, {"params": [*others, bias]}]
-    lr, clip = (100.0, step_size) if update_clip else (step_size, None)
-    return ClippedSGD(groups, lr, update_clip=clip)
+    return ClippedSGD(groups, lr, update_clip=update_clip)
 
 
 # name: direction, optimizer, and where the search for the step size starts, for softmax regression
@@ -57,27 +52,28 @@ OPTIMIZERS = {
     "sign descent, momentum": ("sign", partial(SGD, momentum=0.9), 10**-5, 10**-3.5),
     "Adam, beta1 = 0": ("gradient", partial(Adam, betas=(0.0, 0.999)), 10**-4, 10**-2.5),
     "Adam": ("gradient", partial(Adam, betas=(0.9, 0.999)), 10**-3.5, 10**-2.5),
-    "SGD, token clip": ("gradient", partial(clipped_sgd, update_clip=False), 10**0.5, None),
-    "clipped SGD": ("gradient", partial(clipped_sgd, update_clip=True), 10**-4, 1e-3),
+    "SGD, token clip": ("gradient", clipped_sgd, 10**0.5, None),
+    # at a learning rate of 100 the update clip binds, so that it is the step size
+    "clipped SGD": ("gradient", lambda params, clip: clipped_sgd(params, 100.0, clip), 1e-4, 1e-3),
 }
 
 
-@dataclass
 class Problem:
-    """A network and all of its data."""
-    net: nn.Sequential     # ends in its output layer
-    X: torch.Tensor        # inputs [n, ...]
-    labels: torch.Tensor   # int64 [n]
-    group: torch.Tensor    # frequency group of each class, 0 the most frequent, int64 [classes]
-    weights: torch.Tensor  # of the samples, with a sum of 1 [n]
-    chunk: int = 10**6     # samples per forward pass
+    """A network and all of its data: inputs X [n, ...], labels int64 [n], and the frequency group
+    of each class, int64 [classes], 0 the most frequent. Samples have weights pi^-weighting, where
+    pi is the frequency of their class, with a sum of 1. `chunk` of them are in a forward pass."""
+
+    def __init__(self, net, X, labels, group, weighting=0.0, chunk=10**6):
+        self.net, self.X, self.labels, self.group, self.chunk = net, X, labels, group, chunk
+        weights = labels.bincount().float()[labels] ** -weighting
+        self.weights = weights / weights.sum()
 
     def backward(self):
         """Set the gradients of the weighted loss. Returns the loss of each sample, nats [n]."""
         self.net.zero_grad()
         losses = []
-        chunks = [t.split(self.chunk) for t in (self.X, self.labels, self.weights)]
-        for x, y, weights in zip(*chunks):
+        data = (self.X, self.labels, self.weights)
+        for x, y, weights in zip(*[t.split(self.chunk) for t in data]):
             loss = F.cross_entropy(self.net(x), y, reduction="none")
             (loss * weights).sum().backward()
             losses.append(loss.detach())
@@ -85,9 +81,8 @@ class Problem:
 
 
 def train(problem, name, step_size, steps):
-    """Full-batch training. Returns the mean loss of all samples [steps + 1] and that of each group
-    [steps + 1, groups], in nats. Once the loss exceeds twice that of a uniform guess the run has
-    diverged (train.py's rule), and its losses are infinite."""
+    """Returns the mean loss of all samples [steps + 1] and of each group [steps + 1, groups], nats.
+    They are infinite once the loss exceeds twice that of a uniform guess: the run diverged."""
     direction, make_optimizer, *_ = OPTIMIZERS[name]
     params = list(problem.net.parameters())
     optimizer = make_optimizer(params, step_size)
@@ -112,46 +107,45 @@ def train(problem, name, step_size, steps):
 
 
 def tune(make, name, start, steps):
-    """Train make(), a fresh problem, at the step size of LR_GRID next to `start`, at the next below
-    while it diverges, then at the better neighbour while there is one. Returns the best step size,
-    and the losses of all samples and of the groups as train() does."""
-    tried = {}
+    """Train make(), a fresh problem, at the step size of LR_GRID next to `start`, lower while it
+    diverges, then at the better neighbour. Returns the best step size and its losses by train()."""
+    @cache
+    def run(i):
+        return train(make(), name, LR_GRID[i], steps)
 
-    def loss(step_size):
-        if step_size not in tried:
-            tried[step_size] = train(make(), name, step_size, steps)
-        return tried[step_size][0][-1].item()
+    def final_loss(i):
+        return run(i)[0][-1].item()
 
-    best = min(LR_GRID, key=lambda step_size: abs(math.log(step_size / start)))
-    while loss(best) == math.inf and next_below(LR_GRID, best):
-        best = next_below(LR_GRID, best)
-    while True:
-        near = [next_below(LR_GRID, best), next_above(LR_GRID, best)]
-        nearest = min([x for x in near if x], key=loss)
-        if loss(nearest) >= loss(best):
-            break
-        best = nearest
-    print(f"{name}: step size {best:.3g}, loss {loss(best):.4f}", flush=True)
-    return best, *tried[best]
+    best = min(range(len(LR_GRID)), key=lambda i: abs(math.log(LR_GRID[i] / start)))
+    while final_loss(best) == math.inf and best > 0:
+        best -= 1
+    tried = None
+    while tried != best:
+        tried = best
+        best = min((best, max(best - 1, 0), min(best + 1, len(LR_GRID) - 1)), key=final_loss)
+    print(f"{name}: step size {LR_GRID[best]:.3g}, loss {final_loss(best):.4f}", flush=True)
+    return LR_GRID[best], *run(best)
 
 
 def page(title, caption, rows, draw, panels):
     """A page with a table of the rows, dicts with the same keys."""
-    cells = [[fmt(x, ".4f" if isinstance(x, float) and key != "step size" else "")
-              for key, x in row.items()] for row in rows]
+    cells = []
+    for row in rows:
+        cells.append([f"{x:.4f}" if isinstance(x, float) and key != "step size" else str(x)
+                      for key, x in row.items()])
     table = markdown_table(list(rows[0]), cells)
     return ExperimentResult(title, table, rows, [], caption, draw, panels)
 
 
-def line_page(title, caption, rows, panels, shape, **settings):
-    """A page with a picture of lines, panels = {title: {label: [steps + 1]}}."""
+def line_page(title, caption, rows, panels, columns, shape, **settings):
+    """A page with a picture of columns {label: index} of panels {title: [steps + 1, n]}."""
     def draw(axes):
-        for ax, (name, lines) in zip(axes.flat, panels.items()):
+        for ax, (name, y) in zip(axes.flat, panels.items()):
             ax.sharey(axes.flat[0])
-            for color, (label, y) in zip(COLORS, lines.items()):
-                ax.plot(y, color=color, label=label)
-                ax.set_xscale("log" if len(y) > 10_000 else "linear")
+            for color, (label, i) in zip(COLORS, columns.items()):
+                ax.plot(y[:, i], color=color, label=label)
             ax.set(title=name, xlabel="step", **settings)
+            ax.set_xscale("log" if len(y) > 10_000 else "linear")
             ax.label_outer()
     return page(title, caption, rows, draw, shape)
 
@@ -161,24 +155,19 @@ def frequency_page(title, caption, runs, groups, shown):
     frequent to rare. The picture has one panel for each of the six runs in `shown`."""
     rows, panels = [], {}
     for name, (step_size, losses, by_group) in runs.items():
-        lines = {label: by_group[:, i] for label, i in groups.items()}
         rows.append({"method": name, "step size": step_size, "loss": losses[-1].item(),
-                     **{label: line[-1].item() for label, line in lines.items()},
+                     **{label: by_group[-1, i].item() for label, i in groups.items()},
                      "decrease of the rarest": (1 - by_group[-1, -1] / by_group[0, -1]).item()})
         if name in shown:
-            panels[f"{name}, step size {step_size:.3g}"] = lines
+            panels[f"{name}, step size {step_size:.3g}"] = by_group
     caption += (f" One run of {len(losses) - 1} full-batch steps per row, at the best step size of "
                 "a grid in factors of sqrt(10). Runs that oscillate amplify rounding errors: their "
                 "numbers change with the processor and the number of threads.")
-    top = 1.3 * by_group[0].max().item()
-    return line_page(title, caption, rows, panels, (2, 3), ylabel="loss (nats)", ylim=(0, top))
+    return line_page(title, caption, rows, panels, groups, (2, 3), ylabel="loss (nats)",
+                     ylim=(0, 1.3 * by_group[0].max().item()))
 
 
-def class_page(title, caption, rows, ks, paths, **settings):
-    """The page of paths {name: [steps + 1, classes]}: one panel each, classes k from 1 in ks."""
-    panels = {name: {f"k = {k}": path[:, k - 1] for k in ks} for name, path in paths.items()}
-    return line_page(title, caption, rows, panels, (1, 2), **settings)
-
+# ---- problems with known solutions ----
 
 def frequencies(c):
     """pi_k proportional to 1/k, float64 [c]."""
@@ -187,68 +176,64 @@ def frequencies(c):
 
 
 def quadratic(args):
-    """f(w) = sum_k pi_k w_k^2 / 2 from w = 1; GD at 1 / pi_max, sign descent at 1 / 200 [ours]."""
+    """GD at 1 / pi_max and sign descent at 1 / steps [ours]."""
     pi, steps = frequencies(1000), 200
     lr = 1 / pi.max()
+    columns = {f"k = {k}": k - 1 for k in (1, 3, 10, 30, 100, 300, 1000)}
     gd, sign = [torch.ones_like(pi)], [torch.ones_like(pi)]
     for _ in range(steps):
         gd.append(gd[-1] - lr * pi * gd[-1])
         sign.append(sign[-1] - sign[-1].sign() / steps)
-    ks, closed_form = (1, 3, 10, 30, 100, 300, 1000), (1 - lr * pi) ** steps
-    rows = [{"coordinate k": k, "GD: w_k": gd[-1][k - 1].item(),
-             "GD: (1 - lr pi_k)^t": closed_form[k - 1].item(),
-             "sign descent: abs(w_k)": sign[-1][k - 1].abs().item()} for k in ks]
+    rows = [{"coordinate k": i + 1, "GD: w_k": gd[-1][i].item(),
+             "GD: (1 - lr pi_k)^t": ((1 - lr * pi[i]) ** steps).item(),
+             "sign descent: abs(w_k)": sign[-1][i].abs().item()} for i in columns.values()]
     caption = (
         f"f(w) = sum_k pi_k w_k^2 / 2 with pi_k ~ 1/k, {len(pi)} coordinates, {steps} steps from "
         "w = 1. Kunstner et al. 2024: GD contracts coordinate k by 1 - lr pi_k per step; the step "
         "of sign descent does not depend on pi, so that all of its lines coincide.")
-    return class_page("GD and sign descent on a weighted quadratic", caption, rows, ks,
-                      {"GD": torch.stack(gd), "sign descent": torch.stack(sign)},
-                      ylabel="w_k (1 at the start)")
+    paths = {"GD": torch.stack(gd), "sign descent": torch.stack(sign)}
+    return line_page("GD and sign descent on a weighted quadratic", caption, rows, paths, columns,
+                     (1, 2), ylabel="w_k (1 at the start)")
 
 
 def rates(args):
-    """The setting of the theory: softmax regression where class k has the one input e_k and the
-    frequency pi_k ~ 1/k, from W = 0."""
-    c, paths = 100, {}
-    pi, one_hot = frequencies(c), torch.eye(c, dtype=torch.float64)
+    """Softmax regression from W = 0, where the one input of class k is e_k."""
+    pi, one_hot = frequencies(100), torch.eye(100, dtype=torch.float64)
+    columns = {f"k = {k}": k - 1 for k in (1, 3, 10, 30, 100)}
+    paths, rows = {}, []
     for name, step_size, steps in (("GD", 1.0, 60_000), ("sign descent", 1e-2, 1_000)):
-        W, losses = torch.zeros(c, c, dtype=torch.float64), []
+        W, losses = torch.zeros_like(one_hot), []
         for _ in range(steps + 1):
             log_p = W.log_softmax(1)
             losses.append(-log_p.diagonal())
             gradient = pi[:, None] * (log_p.exp() - one_hot)
             W -= step_size * (gradient if name == "GD" else gradient.sign())
         paths[name] = torch.stack(losses)
-
-    rows, ks = [], (1, 3, 10, 30, 100)
-    for k in ks:
-        gd, sign = [path[:, k - 1] for path in paths.values()]
+    for i in columns.values():
+        gd, sign = paths["GD"][:, i], paths["sign descent"][:, i]
         # slopes of log loss against log t and t, where the loss is below 0.1
         late, end = torch.nonzero(gd < 0.1)[:, 0], torch.nonzero(sign < 0.1)[:, 0]
         exponent, _ = np.polyfit(late.log(), gd[late].log(), 1)
         rate, _ = np.polyfit(1e-2 * end, sign[end].log(), 1)
-        rows.append({"class k": k, "pi_k": pi[k - 1].item(),
+        rows.append({"class k": i + 1, "pi_k": pi[i].item(),
                      "GD: exponent of t where the loss is below 0.1 (theory: -1)": exponent,
-                     "GD: loss x pi_k t at the end": (gd[-1] * pi[k - 1] * 60_000).item(),
+                     "GD: loss x pi_k t at the end": (gd[-1] * pi[i] * 60_000).item(),
                      "sign descent: c in exp(-c t), t in step sizes (theory: all equal)": -rate})
     caption = (
-        f"The rates of the theory: {c} classes, pi_k ~ 1/k, one input per class. Kunstner et al. "
-        "2024: the loss of class k falls as 1/(pi_k t) under gradient flow and as exp(-c t) under "
-        "sign flow, with one c for all classes, so that all of its lines coincide.")
-    return class_page("GD and sign descent: rates by class", caption, rows, ks, paths,
-                      ylabel="loss (nats)", yscale="log")
+        f"The rates of the theory: {len(pi)} classes, pi_k ~ 1/k, one input per class. Kunstner et "
+        "al. 2024: the loss of class k falls as 1/(pi_k t) under gradient flow and as exp(-c t) "
+        "under sign flow, with one c for all classes, so that all of its lines coincide.")
+    return line_page("GD and sign descent: rates by class", caption, rows, paths, columns, (1, 2),
+                     ylabel="loss (nats)", yscale="log")
 
 
 # ---- linear softmax regression ----
 
 @cache
 def softmax_data(m):
-    """Balanced inputs, imbalanced classes: group i = 0 ... m-1 has 2^i classes of 2^(m-i) samples.
-
-    Returns X [n, d] ~ U[0, 1], labels [n] int64 independent of X, and the group of each class [c]
-    int64; n = m 2^m, d = (m+1) 2^m, c = 2^m - 1 (section 3; its text says 2^(m+1) - 1 classes).
-    """
+    """Group i = 0 ... m-1 has 2^i classes of 2^(m-i) samples (section 3). Returns inputs X [n, d]
+    ~ U[0, 1], independent of the labels [n], and the group of each class [c]; n = m 2^m,
+    d = (m+1) 2^m, c = 2^m - 1 (the paper's text says 2^(m+1) - 1)."""
     group = torch.cat([torch.full((2**i,), i) for i in range(m)])
     labels = torch.arange(len(group)).repeat_interleave(2 ** (m - group))
     X = torch.rand(m * 2**m, (m + 1) * 2**m, generator=torch.Generator().manual_seed(0))
@@ -256,12 +241,10 @@ def softmax_data(m):
 
 
 def softmax_problem(m, weighting=0.0):
-    """Samples have weights pi^-weighting, where pi is the frequency of their class."""
     X, labels, group = softmax_data(m)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(X.shape[1], len(group))).to(DEVICE)
-    weights = labels.bincount().float()[labels] ** -weighting
-    return Problem(net, X, labels, group, weights / weights.sum())
+    return Problem(net, X, labels, group, weighting)
 
 
 @cache
@@ -302,16 +285,15 @@ def reweighted(args):
 
 
 def class_curvature(problem, sign=1):
-    """At `sign` times the weights: the gradient norm of the row w_c of each class [c], and the
-    traces of the Hessian's blocks (w_c, w_c'), both of the plain mean loss [c, c]. A trace is the
-    mean over the samples of p_nc (1[c = c'] - p_nc') ||x_n||^2."""
-    X, labels = problem.X, problem.labels
+    """At `sign` times the weights, for the plain mean loss: the gradient norm of the row w_c of
+    each class [c], and the traces of the Hessian's blocks (w_c, w_c') [c, c], which are the mean
+    over the samples of p_nc (1[c = c'] - p_nc') ||x_n||^2."""
+    X = problem.X
     with torch.no_grad():
         p = (sign * problem.net(X)).softmax(1)
-    gradient = (p - F.one_hot(labels)).T @ X / len(X)
+    gradient = (p - F.one_hot(problem.labels)).T @ X / len(X)
     squares = X.square().sum(1)
-    blocks = -(p.T * squares) @ p
-    blocks = blocks.diagonal_scatter((p * (1 - p)).T @ squares) / len(X)
+    blocks = (-(p.T * squares) @ p).diagonal_scatter((p * (1 - p)).T @ squares) / len(X)
     return gradient.norm(dim=1).cpu(), blocks.cpu()
 
 
@@ -332,24 +314,25 @@ def hessian(args):
             problem = softmax_problem(args.m)
             train(problem, name, step_size, t)
             row = {"path": name, "step size": step_size, "t": t}
-            norms, blocks = class_curvature(problem)
-            for at, (x, y) in (("W", (norms, blocks)), ("-W", class_curvature(problem, sign=-1))):
-                x, y = x.log(), y.diagonal().log()
+            for at, sign in (("W", 1), ("-W", -1)):
+                norms, blocks = class_curvature(problem, sign)
+                x, y = norms.log(), blocks.diagonal().log()
                 row[f"log correlation at {at}, groups alike"] = correlation(x, y, equal_groups)
                 row[f"rank correlation at {at}, classes alike"] = correlation(
                     x.argsort().argsort(), y.argsort().argsort())
-            dots[name, t] = norms, blocks.diagonal()
+            norms, blocks = class_curvature(problem)
+            if t in (0, 10, 100):
+                dots[f"{name}, t = {t}"] = norms, blocks.diagonal()
             blocks = blocks[some][:, some].abs()
             ratio = blocks[diagonal].median() / blocks[~diagonal].median()
             rows.append({**row, "diagonal / off-diagonal blocks": round(ratio.item())})
 
     def draw(axes):
-        shown = [(name, t) for name in ("Adam", "GD") for t in (0, 10, 100)]
-        for ax, (name, t) in zip(axes.flat, shown):
+        for ax, (title, (x, y)) in zip(axes.flat, dots.items()):
             ax.sharex(axes[0, 0])
             ax.sharey(axes[0, 0])
-            points = ax.scatter(*dots[name, t], c=group, s=8, cmap="viridis")
-            ax.set(xscale="log", yscale="log", title=f"{name}, t = {t}",
+            points = ax.scatter(x, y, c=group, s=8, cmap="viridis")
+            ax.set(xscale="log", yscale="log", title=title,
                    xlabel="gradient norm of the class", ylabel="trace of its Hessian block")
             ax.label_outer()
         points.figure.colorbar(points, ax=axes, label="group of classes, 0 the most frequent")
@@ -367,8 +350,8 @@ def hessian(args):
 # ---- barcoded MNIST ----
 
 def read_mnist(folder):
-    """Images uint8 [n, 28, 28] and labels uint8 [n] of MNIST's training set. UserError names the
-    file. The format is IDX, gzip'd: a magic number and the sizes, four bytes each, then bytes."""
+    """Images uint8 [n, 28, 28] and labels uint8 [n] of MNIST's training set, in gzip'd IDX files.
+    UserError names a bad file."""
     arrays = []
     for name, ndim in (("images-idx3", 3), ("labels-idx1", 1)):
         path = Path(folder) / f"train-{name}-ubyte.gz"
@@ -388,14 +371,11 @@ def read_mnist(folder):
     return images, labels
 
 
-def barcoded(images, labels, bits, each=5, seed=0):
-    """Digits beside digits with barcodes: images uint8 [n, 28, 28] and their classes int64 [n].
-
-    Classes 0 to 9 are the digits, half of the images; class 10 + 10 * code + digit has `each`
-    images of a digit with `code` in the first `bits` pixels of row 0. Which images these are, and
-    that all ten digits are equally frequent, is ours.
-    """
-    rng = np.random.default_rng(seed)
+def barcoded(images, labels, bits, each=5):
+    """Images uint8 [n, 28, 28] and their classes int64 [n]. Half are digits, classes 0 to 9; class
+    10 + 10 * code + digit has `each` images of a digit with `code` in the first `bits` pixels of
+    row 0. Which images these are, and that all ten digits are equally frequent, is ours."""
+    rng = np.random.default_rng(0)
     digits = [np.flatnonzero(labels == digit) for digit in range(10)]
     many = min(each * 2**bits, 5000)  # the paper's 5,000 at 10 bits
     if min(map(len, digits)) < many:
@@ -420,8 +400,7 @@ def mnist_problem(images, classes, chunk=100 if DEVICE == "cpu" else 10_000):
         nn.Conv2d(1, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(32, 100, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
         nn.Flatten(), nn.Linear(4900, len(group))).to(DEVICE)
-    weights = torch.full((len(X),), 1 / len(X), device=DEVICE)
-    return Problem(net, X, labels, group, weights, chunk)
+    return Problem(net, X, labels, group, chunk=chunk)
 
 
 def mnist(args):
@@ -445,21 +424,21 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    option = parser.add_argument
-    option("names", nargs="*", metavar="NAME", help="default: all but mnist")
-    option("--m", type=int, default=7, choices=range(3, 13), metavar="M", help="groups [7]")
-    option("--bits", type=int, default=4, choices=range(1, 11), metavar="N", help="of barcodes [4]")
-    option("--steps", type=int, choices=range(1, 10**6), metavar="N", help="[200, mnist 300]")
-    option("--data", default="data/mnist", help="folder with MNIST's files [data/mnist]")
+    parser.add_argument("names", nargs="*", help="default: all but mnist")
+    parser.add_argument("--m", type=int, default=7, choices=range(3, 13), help="groups [7]")
+    parser.add_argument("--bits", type=int, default=4, choices=range(1, 11), help="of barcodes [4]")
+    parser.add_argument("--steps", type=int, help="[200, mnist 300]")
+    parser.add_argument("--data", default="data/mnist", help="MNIST's folder [data/mnist]")
     args = parser.parse_args()
-    for name in args.names:
-        if name not in EXPERIMENTS:
-            parser.error(f"no experiment {name}: choose from {', '.join(EXPERIMENTS)}")
+    for name in set(args.names) - set(EXPERIMENTS):
+        parser.error(f"no experiment {name}: choose from {', '.join(EXPERIMENTS)}")
+    if args.steps is not None and args.steps < 1:
+        parser.error("--steps must be at least 1")
     torch.set_flush_denormal(True)  # probabilities below 1e-38 are slow, and nothing here
 
     # options that change the result are in the page's name
-    changed = {key: getattr(args, key) for key in ("m", "bits", "steps")
-               if getattr(args, key) != parser.get_default(key)}
+    changed = [f"{key}={value}" for key, value in vars(args).items()
+               if key in ("m", "bits", "steps") and value != parser.get_default(key)]
     for name in args.names or ("quadratic", "rates", "softmax", "hessian", "reweighted"):
         began = time.perf_counter()
         try:
@@ -468,9 +447,8 @@ def main():
             sys.exit(f"{name}: {e}")
         source = (f"{hardware(DEVICE)}; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}; "
                   f"{time.perf_counter() - began:.0f} s")
-        command = " ".join([f"python -m experiments.heavy_tails {name}",
-                            *(f"--{key}={x}" for key, x in changed.items())])
-        stem = "-".join([name, *(f"{key}{x}" for key, x in changed.items())])
+        command = " --".join([f"python -m experiments.heavy_tails {name}", *changed])
+        stem = "-".join([name, *changed]).replace("=", "")
         write_page(Path("results/toy") / stem, result, result.caption, source, command)
 
 

@@ -3,13 +3,10 @@ and embedding, over learning rates, at a quarter of the scale's batch for twice 
 
     python -m experiments.spikes     # options as in adam_sgd_gap.py
 """
-import math
-
-from experiments.adam_sgd_gap import (
-    lr_grid, main, method, plot_by_lr, resized, stable_lr)
+from experiments.adam_sgd_gap import lr_grid, main, method, plot_by_lr, resized, stable_lr
 from experiments.sweep import (
-    LR_GRID, STYLES, ExperimentResult, markdown_table, next_below, outcomes, rerun_with_new_seeds,
-    run_all)
+    LR_GRID, STYLES, ExperimentResult, finished, markdown_table, next_below, outcomes,
+    rerun_with_new_seeds, run_all)
 from loader import UserError
 
 # The first is this repo's model as it is; the others are the paper's.
@@ -34,42 +31,40 @@ def spikes(args):
              for name in METHODS for variant, changes in VARIANTS.items()}
     run_all(sum(grids.values(), []), args)
     for (name, variant), grid in grids.items():  # on down, until the best is not the lowest
-        lower = next_below(LR_GRID, grid[0].settings["lr"])
-        while lower and grid[0].loss < min(run.loss for run in grid[1:]):
+        while (grid[0].loss < min(run.loss for run in grid[1:])
+               and (lower := next_below(LR_GRID, grid[0].lr))):
             run = method(name, args, **short, **VARIANTS[variant], lr=lower)
             grid.insert(0, run_all([run], args)[0])
-            lower = next_below(LR_GRID, lower)
     best = {key: min(grid, key=lambda run: run.loss) for key, grid in grids.items()}
-    final = {key: rerun_with_new_seeds(run, args, first=1) if run.loss < math.inf else []
+    final = {key: rerun_with_new_seeds(run, args, first=1) if finished([run]) else []
              for key, run in best.items()}
     run_all(sum(final.values(), []), args)
 
     rows, lines = [], []
     for (name, variant), grid in grids.items():
         runs, adams = final[name, variant], final["Adam", variant] or [None] * args.seeds
-        rows += [run.row(best["Adam", variant])
-                 | {"arm": variant, "role": "grid", "spikes": run.spikes} for run in grid]
-        rows += [run.row(adam) | {"arm": variant, "role": "seed", "spikes": run.spikes}
-                 for adam, run in zip(adams, runs)]
-        lines.append((name, variant, "; ".join(f"{run.settings['lr']:g}: {run.outcome} "
-                                               f"({len(run.spikes)})" for run in grid),
-                      f"{best[name, variant].settings['lr']:g}" if runs else "-",
-                      outcomes(runs) if runs else "-",
-                      ", ".join(str(len(run.spikes)) for run in runs) or "-", stable_lr(grid)))
-    table = markdown_table(("method", "variant", "validation loss (spikes) by learning rate",
-                            "best", "loss at other seeds", "spikes at them",
-                            "maximum stable learning rate"), lines)
+        here = [run.row(best["Adam", variant]) | {"arm": variant, "role": "grid"} for run in grid]
+        here += [run.row(adam) | {"arm": variant, "role": "seed"} for run, adam in zip(runs, adams)]
+        rows += [row | {"spikes": run.spikes} for row, run in zip(here, grid + runs)]
+        by_lr = [f"{run.lr:g}: {run.outcome} ({len(run.spikes)})" for run in grid]
+        at_seeds = ("-", "-", "-")
+        if runs:
+            at_seeds = (f"{runs[0].lr:g}", outcomes(runs),
+                        ", ".join(str(len(run.spikes)) for run in runs))
+        lines.append((name, variant, "; ".join(by_lr), stable_lr(grid), *at_seeds))
+    table = markdown_table(
+        ("method", "variant", "validation loss (spikes) by learning rate",
+         "maximum stable learning rate", "best", "loss at other seeds", "spikes at them"), lines)
 
     def draw(panels):
         for axes, name in zip(panels.flat, METHODS):
             for variant, style in LINES.items():
                 plot_by_lr(axes, grids[name, variant], style, variant)
             axes.sharey(panels[0, 0])
-            axes.set(title=name, ylabel="final loss (nats per token)")
+            axes.set_title(name)
         for variant, style in LINES.items():
             grid = grids["Adam", variant]
-            lrs = [run.settings["lr"] for run in grid]
-            panels[1, 1].plot(lrs, [len(run.spikes) for run in grid], **style)
+            panels[1, 1].plot([run.lr for run in grid], [len(run.spikes) for run in grid], **style)
         panels[1, 1].set(title="Adam", xscale="log", xlabel="peak learning rate (log scale)",
                          ylabel="spikes of the gradient norm (steps)")
     return ExperimentResult(

@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -34,6 +34,7 @@ class Run:
 
     def __init__(self, label, settings, axes=("lr",)):
         self.label, self.settings, self.axes = label, settings, axes
+        self.lr = settings["lr"]
         # the hash covers train.py's defaults and the data, too
         every = {**asdict(Settings()), **settings}
         meta = Path(settings["data"]) / "meta.json"
@@ -63,14 +64,16 @@ class Run:
 
     def command(self, args):
         """What comes after `python`."""
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}"]
-        settings = {k: "none" if v is None else v for k, v in self.settings.items()}
-        return [*(torchrun if args.nproc > 1 else []), os.path.relpath(TRAIN),
-                *(f"--{k}={v}" for k, v in settings.items()), f"--out={self.out}"]
+        words = [os.path.relpath(TRAIN)]
+        if args.nproc > 1:
+            words = ["-m", "torch.distributed.run", "--standalone",
+                     f"--nproc_per_node={args.nproc}", *words]
+        for name, value in self.settings.items():
+            words.append(f"--{name}={'none' if value is None else value}")
+        return [*words, f"--out={self.out}"]
 
     def start(self, args, count):
-        """Run train.py and show its output. If it fails, the reason is the last line that starts
-        with "train.py: ", else the last line."""
+        """Run train.py and show its output. If it fails, FAILED says why."""
         if STOPPING.is_set():
             return
         seed = self.settings["seed"]
@@ -78,7 +81,7 @@ class Run:
         env = {**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "270"}  # seconds to save in
         if args.jobs > 1:
             env["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // args.jobs // args.nproc))
-        reason = ""
+        reason = "see its output"
         with subprocess.Popen([sys.executable, *self.command(args)], stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, text=True, env=env) as process:
             RUNNING.append(process)
@@ -86,7 +89,7 @@ class Run:
                 process.terminate()
             for line in process.stdout:
                 print(f"   {count} {line}", end="", flush=True)
-                if line.startswith("train.py: ") or not reason.startswith("train.py: "):
+                if line.startswith("train.py: "):
                     reason = line.strip().replace("|", "/")  # it goes into a table
         if (process.returncode or not self.read()) and not STOPPING.is_set():
             FAILED[self.out] = f"{reason} (exit status {process.returncode})"
@@ -96,8 +99,8 @@ class Run:
 
     @property
     def settings_text(self):
-        given = {k: self.settings.get(k) for k in self.axes}
-        return ", ".join(f"{k} {value:g}" for k, value in given.items() if value is not None)
+        return ", ".join(f"{name} {self.settings[name]:g}" for name in self.axes
+                         if self.settings.get(name) is not None)
 
     @property
     def spikes(self):
@@ -105,19 +108,22 @@ class Run:
         norms = [line["grad_norm"] or 0.0 for line in self.steps]
         return [self.steps[i]["step"] for i in spike_steps(norms)]
 
-    def mean(self, name):
-        """The mean over the steps whose lines have this name, or None."""
-        values = [line[name] for line in self.steps if line.get(name) is not None]
-        return statistics.fmean(values) if values else None
+    def logged(self, name):
+        """The lines of the steps that have a value of this name."""
+        return [line for line in self.steps if line.get(name) is not None]
+
+    def average(self, name, average=statistics.fmean):
+        """Of a value over the steps that have it, or None."""
+        values = [line[name] for line in self.logged(name)]
+        return average(values) if values else None
 
     def row(self, adam=None):
         """The run in a page's JSON."""
-        speeds = [line["tok_per_s"] for line in self.steps]
-        return {"method": self.label, **self.settings,
-                "status": self.final["status"] if self.final else "failed",
-                "val_loss": self.loss if self.loss < math.inf else None, "gap": gap_to(adam, self),
-                "seconds": self.final["seconds"] if self.final else None,
-                "tok_per_s": statistics.median(speeds) if speeds else None}
+        final = self.final or {"status": "failed", "seconds": None}
+        return {"method": self.label, **self.settings, "status": final["status"],
+                "val_loss": self.loss if self.loss < math.inf else None,
+                "gap": gap_to(adam, self), "seconds": final["seconds"],
+                "tok_per_s": self.average("tok_per_s", statistics.median)}
 
 
 def stop_all(signal_number=None, frame=None):
@@ -138,14 +144,17 @@ def run_all(runs, args):
     elif todo:
         signal.signal(signal.SIGTERM, stop_all)
         signal.signal(signal.SIGINT, stop_all)
+        counts = [f"[{i + 1}/{len(todo)}]" for i in range(len(todo))]
         with ThreadPoolExecutor(args.jobs) as pool:
-            started = [pool.submit(run.start, args, f"[{i}/{len(todo)}]")
-                       for i, run in enumerate(todo, 1)]
-            for future in as_completed(started):
-                future.result()
+            list(pool.map(Run.start, todo, [args] * len(todo), counts))
     for run in runs:  # the same run may be there twice
         run.read()
     return runs
+
+
+def finished(runs):
+    """Those that have a loss: they neither diverged nor failed."""
+    return [run for run in runs if run.loss < math.inf]
 
 
 # ---- search: make(**changes) returns the Run of a method with these changes to its settings ----
@@ -162,7 +171,7 @@ def next_above(grid, value):
 def lower_until_stable(make_runs, runs, args):
     """While one of `runs`, all at one learning rate, diverges: those of make_runs(lr=...) at the
     next lower one of the grid. Returns the list of runs of each learning rate, `runs` first."""
-    levels, lr = [runs], runs[0].settings["lr"]
+    levels, lr = [runs], runs[0].lr
     while any(run.diverged for run in levels[-1]) and (lr := next_below(LR_GRID, lr)):
         levels.append(run_all(make_runs(lr=lr), args))
     return levels
@@ -170,8 +179,8 @@ def lower_until_stable(make_runs, runs, args):
 
 def stable_start(make, args):
     """make(), and if it diverges the runs at lower learning rates, until one does not."""
-    levels = lower_until_stable(lambda **lr: [make(**lr)], run_all([make()], args), args)
-    return [run for [run] in levels]
+    first = run_all([make()], args)
+    return sum(lower_until_stable(lambda **lr: [make(**lr)], first, args), [])
 
 
 def coordinate_search(make, axes, args, against=()):
@@ -207,21 +216,17 @@ def max_stable_lr(make, args):
     """The largest learning rate of the grid at which make(lr=...) does not diverge, searched down
     or up from its own, and the runs that this took."""
     tried = stable_start(make, args)
-    lr = next_above(LR_GRID, tried[0].settings["lr"])
-    while lr and not tried[0].diverged and tried[-1].loss < math.inf:
+    while finished(tried) == tried and (lr := next_above(LR_GRID, tried[-1].lr)):
         tried += run_all([make(lr=lr)], args)
-        lr = next_above(LR_GRID, lr)
-    stable = [run.settings["lr"] for run in tried if run.loss < math.inf]
+    stable, last = [run.lr for run in finished(tried)], tried[-1]
     if not args.dry and (not stable or any(run.final is None for run in tried)):
-        last = tried[-1]
         raise UserError(f"the maximum stable learning rate of {last.label} is not known: at "
-                        f"{last.settings['lr']:g} it {last.outcome}")
-    return max(stable, default=tried[0].settings["lr"]), tried
+                        f"{last.lr:g} it {last.outcome}")
+    return max(stable, default=tried[0].lr), tried
 
 
 def rerun_with_new_seeds(run, args, first=0):
-    """args.seeds Runs like this one, not run yet, from `first` above its seed: other initial
-    weights, another order of the data."""
+    """args.seeds Runs like this one, not run yet, from `first` above its seed."""
     start = run.settings["seed"] + first
     return [Run(run.label, {**run.settings, "seed": seed}, run.axes)
             for seed in range(start, start + args.seeds)]
@@ -283,12 +288,13 @@ class ExperimentResult:
     panels: tuple = (1, 1)
 
 
-STYLES = {label: {"color": color, "linestyle": dash, "marker": marker, "markersize": 4}
-          for label, color, dash, marker in (("Adam", "#000000", "-", "o"),
-                                             ("SGD", "#e69f00", ":", "v"),
-                                             ("SGD with momentum", "#d55e00", ":", "s"),
-                                             ("SGD, global norm clipped", "#009e73", "-.", "^"),
-                                             ("clipped SGD", "#0072b2", "--", "D"))}
+STYLES = {
+    "Adam": {"color": "#000000", "linestyle": "-", "marker": "o"},
+    "SGD": {"color": "#e69f00", "linestyle": ":", "marker": "v"},
+    "SGD with momentum": {"color": "#d55e00", "linestyle": ":", "marker": "s"},
+    "SGD, global norm clipped": {"color": "#009e73", "linestyle": "-.", "marker": "^"},
+    "clipped SGD": {"color": "#0072b2", "linestyle": "--", "marker": "D"},
+}
 
 
 def distinct(values):
@@ -313,8 +319,9 @@ def plot_seeds(axes, x, ys, style, label=None):
                           color=style["color"], alpha=0.2, linewidth=0)
 
 
-def mark_diverged(axes, xs, style, row=None):
-    """Crosses at xs in a strip above the axes, labelled "diverged": in row 0 to 4, or the next."""
+def mark_diverged(axes, xs, style):
+    """Crosses at xs in a strip above the axes, labelled "diverged", each call in a row of its own,
+    at most five."""
     if not xs:
         return
     if not axes.child_axes:
@@ -323,8 +330,7 @@ def mark_diverged(axes, xs, style, row=None):
         strip.tick_params(which="both", bottom=False, labelbottom=False)
         strip.set_ylabel("diverged", rotation=0, ha="right", va="center")
     strip = axes.child_axes[0]
-    row = len(strip.lines) if row is None else row
-    strip.plot(xs, [row] * len(xs), "x", color=style["color"], markersize=5)
+    strip.plot(xs, [len(strip.lines)] * len(xs), "x", color=style["color"], markersize=5)
 
 
 def save_results(name, args, result):
@@ -333,25 +339,28 @@ def save_results(name, args, result):
     ran = [run for run in runs if run.final]
     if not ran:
         raise UserError(f"none of {len(runs)} runs finished, the last: {result.runs[-1].outcome}")
+    # where and when they ran
     configs = [json.loads((run.out / "config.json").read_text()) for run in ran]
-    facts = zip(*((c["device"], f"torch {c['versions']['torch']}", c["started"][:10],
-                   f"commit {c['git_commit']}") for c in configs))
     hours = sum(run.final["seconds"] for run in ran) / 3600
-    source = "; ".join([*map(distinct, facts), f"{hours:.1f} hours of runs"])
-    settings = [run.settings for run in runs]
+    source = (f"{distinct(c['device'] for c in configs)}; "
+              f"torch {distinct(c['versions']['torch'] for c in configs)}; "
+              f"{distinct(c['started'][:10] for c in configs)}; "
+              f"commit {distinct(c['git_commit'] for c in configs)}; {hours:.1f} hours of runs")
+    # what was run
+    settings, data = [run.settings for run in runs], Path(args.data)
     shapes = distinct(f"{s['steps']} steps of {s['batch_size']}" for s in settings)
     caption = (f"{result.caption} {distinct(s['model'] for s in settings)}; {shapes} x "
-               f"{read_meta(args.data)['seq_len']} tokens of {Path(args.data).name}; {len(runs)} "
-               f"runs ({len(runs) - len(ran)} failed), "
+               f"{read_meta(data)['seq_len']} tokens of {data.name}; {len(runs)} runs "
+               f"({len(runs) - len(ran)} failed), "
                f"seed {distinct(sorted(s['seed'] for s in settings))}.")
-    parts = [name]
+    stem = f"results/{args.scale}/{name}"
     if args.data != "data/python":
-        parts.append(Path(args.data).name)
+        stem += f"-{data.name}"
     if args.seeds != 3:
-        parts.append(f"seeds{args.seeds}")
-    parts += [f"{k}{v}" for k, v in args.override.items()]
-    write_page(Path("results") / args.scale / "-".join(parts), result, caption, source,
-               args.command, {"config": configs[0]})
+        stem += f"-seeds{args.seeds}"
+    for setting, value in args.override.items():
+        stem += f"-{setting}{value}"
+    write_page(Path(stem), result, caption, source, args.command, {"config": configs[0]})
 
 
 def write_page(stem, result, caption, source, command, extra={}):
@@ -365,7 +374,8 @@ def write_page(stem, result, caption, source, command, extra={}):
     result.draw(figure.subplots(rows, columns))
     labels = {}
     for axes in figure.axes:
-        axes.grid(alpha=0.3)
+        if axes.get_label() != "<colorbar>":
+            axes.grid(alpha=0.3)
         labels |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels())}
     if labels and not figure.legends and not any(axes.get_legend() for axes in figure.axes):
         figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=3)
