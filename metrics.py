@@ -11,6 +11,7 @@ import hashlib
 import math
 import time
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -113,7 +114,7 @@ class Metrics:
         if step % self.s.log_every == 0 or diverged:
             left = (self.s.steps - self.step) * self.tokens_per_step / tok_per_s
             self.print_step(f"loss {loss:.4f}  lr {lr:<8.3g}  grad norm {values['grad_norm']:<8.2g}"
-                            f"  {tok_per_s:,.0f} tok/s  {clock(left)} left")
+                            f"  {tok_per_s:,.0f} tok/s  {timedelta(seconds=int(left))} left")
         return diverged
 
     def log_eval(self, step, val_loss, num_targets, group_losses):
@@ -133,7 +134,8 @@ class Metrics:
         if self.wandb is not None:
             self.wandb.finish()
         result = "" if val_loss is None else f", validation loss {val_loss:.4f}"
-        self.dist.print0(f"{status} at step {self.step} after {clock(self.seconds)}{result}")
+        took = timedelta(seconds=int(self.seconds))
+        self.dist.print0(f"{status} at step {self.step} after {took}{result}")
 
     def write(self, lines):
         lines = [{k: finite(v) for k, v in line.items()} for line in lines]
@@ -151,10 +153,3 @@ def finite(value):
     if isinstance(value, list):
         return [finite(x) for x in value]
     return value if math.isfinite(value) else None
-
-
-def clock(seconds):
-    """Seconds as 1:02:03 or 2:03."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"
