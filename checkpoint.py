@@ -215,35 +215,35 @@ class RunDir:
         if self.dist.any_rank(state != self.dist.broadcast(state)):
             raise UserError(f"the processes see different {self.ckpt}: put --out on a disk that "
                             "they share")
-        return state
+        step, seconds, val_loss, metrics_bytes = state
+        if self.dist.rank == 0 and self.metrics.exists():
+            os.truncate(self.metrics, metrics_bytes)
+        return step, seconds, val_loss
 
     def restore(self, model, optimizer):
-        size = self.metrics.stat().st_size if self.metrics.exists() else 0
         if not self.ckpt.exists():
-            step, seconds, val_loss, metrics_bytes = 0, 0.0, None, 0
-        else:
-            try:
-                # torch.load does not verify checksums
-                if self.dist.rank == 0 and zipfile.ZipFile(self.ckpt).testzip():
-                    raise ValueError("wrong checksum")
-                state = torch.load(self.ckpt, map_location="cpu", weights_only=True, mmap=True)
-                self.check_identity(self.ckpt, state)
-                model.load_state_dict(state["model"])
-                optimizer.load_state_dict(state["optimizer"])
-                step, seconds, val_loss = state["step"], state["seconds"], state["val_loss"]
-                metrics_bytes = state["metrics_bytes"]
-            except UserError:
-                raise
-            except Exception as e:  # a torn or foreign file fails in many ways
-                raise UserError(f"{self.ckpt} is damaged or no checkpoint of train.py "
-                                f"({type(e).__name__}): restore it from a copy, or choose another "
-                                "--out to start again") from None
+            return 0, 0.0, None, 0
+        try:
+            # torch.load does not verify checksums
+            if self.dist.rank == 0 and zipfile.ZipFile(self.ckpt).testzip():
+                raise ValueError("wrong checksum")
+            state = torch.load(self.ckpt, map_location="cpu", weights_only=True, mmap=True)
+            self.check_identity(self.ckpt, state)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            metrics_bytes = state["metrics_bytes"]
+            progress = state["step"], state["seconds"], state["val_loss"], metrics_bytes
+        except UserError:
+            raise
+        except Exception as e:  # a torn or foreign file fails in many ways
+            raise UserError(f"{self.ckpt} is damaged or no checkpoint of train.py "
+                            f"({type(e).__name__}): restore it from a copy, or choose another "
+                            "--out to start again") from None
+        size = self.metrics.stat().st_size if self.metrics.exists() else 0
         if size < metrics_bytes:
             raise UserError(f"{self.metrics} is shorter than when {self.ckpt} was saved: restore "
                             "it, or choose another --out to start again")
-        if size and self.dist.rank == 0:
-            os.truncate(self.metrics, metrics_bytes)
-        return step, seconds, val_loss
+        return progress
 
 
 def hardware(device="cpu"):
