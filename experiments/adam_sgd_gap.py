@@ -469,7 +469,7 @@ def memory(s, vocab, seq_len):
     diagnostics.
     """
     config = Config.named(s["model"], vocab)
-    tokens = (s.get("micro_batch") or min(16, s["batch_size"])) * seq_len
+    tokens = (s.get("micro_batch") or s["batch_size"]) * seq_len
     parts = {"weights": 4 * config.parameters, "gradients": 4 * config.parameters,
              "optimizer state": state_bytes(s) * config.parameters,
              "copies of the weights": 6 * config.parameters,
