@@ -2,13 +2,10 @@
 PYTHON ?= python3
 SCALE ?= nano
 DATA ?= $(if $(filter nano,$(SCALE)),data/python,data/c4)
-SEEDS ?= 3
-NPROC ?= 1
-JOBS ?= 1
 PY := .venv/bin/python
 READY := .venv/installed $(if $(DRY),,$(DATA))
-OPTIONS := --scale=$(SCALE) --data=$(DATA) --seeds=$(SEEDS) --nproc=$(NPROC) --jobs=$(JOBS) \
-	$(if $(DRY),--dry) $(FLAGS)
+OPTIONS := --scale=$(SCALE) --data=$(DATA) $(if $(SEEDS),--seeds=$(SEEDS)) \
+	$(if $(NPROC),--nproc=$(NPROC)) $(if $(JOBS),--jobs=$(JOBS)) $(if $(DRY),--dry) $(FLAGS)
 
 help:  ## this list
 	@echo "Targets (times: two CPU cores). Variables: SCALE=60m and so on, DATA=data directory,"

@@ -19,6 +19,11 @@ import torch.distributed
 from loader import UserError
 
 
+class Busy(UserError):
+    """Another process has locked the folder."""
+    status = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
 class Dist:
     """The processes of this run: torchrun's, or this one alone. Raises UserError without a GPU."""
 
@@ -167,8 +172,8 @@ class RunDir:
         try:
             fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise UserError(f"--out={self.path}: another process is at work there: wait for it, or "
-                            "choose another") from None
+            raise Busy(f"--out={self.path}: another process is at work there: wait for it, or "
+                       "choose another") from None
         except OSError:  # a file system without locks
             pass
 
@@ -265,6 +270,7 @@ def describe(settings, dist):
     except OSError:  # no git here
         commit = ""
     return {"settings": asdict(settings), "device": hardware(dist.device), "world_size": dist.size,
-            "git_commit": commit or "unknown", "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "threads": torch.get_num_threads(), "git_commit": commit or "unknown",
+            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__}}

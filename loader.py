@@ -22,6 +22,7 @@ REMEDY = "restore it, or prepare the data again in another folder"
 
 class UserError(Exception):
     """Bad input: one line that names the file or setting, and the remedy."""
+    status = 1  # of the process that ends by it
 
 
 # ---- the files of a data directory ---------------------------------------------------------------

@@ -59,13 +59,13 @@ class Settings:
     weight_decay: float = setting(0.0, "adamw: decoupled, times the learning rate")
     grad_clip: float | None = setting(None, "max. global norm of the gradient, or none")
     # batch and schedule
-    batch_size: int = setting(64, "sequences per step, over all devices and micro-batches")
+    batch_size: int = setting(32, "sequences per step, over all devices and micro-batches")
     micro_batch: int | None = setting(None, "sequences at a time; none: all, on a CPU up to 16")
     steps: int = setting(200, "optimizer steps")
     warmup: float = setting(0.1, "fraction of the steps in which the learning rate rises")
     min_lr: float = setting(0.1, "fraction of the peak at which the cosine ends")
     # evaluation, log, checkpoints
-    eval_every: int = setting(50, "steps between evaluations; also before the first step")
+    eval_every: int | None = setting(50, "steps between evaluations; none: only at the end")
     eval_tokens: int = setting(100_000, "targets per evaluation, the same ones each time")
     log_every: int = setting(10, "steps between printed lines; metrics.jsonl has every step")
     diag_every: int = setting(10, "steps between diagnostics (metrics.py)")
@@ -73,7 +73,7 @@ class Settings:
     wandb: str | None = setting(None, "project of Weights & Biases to log to as well, or none")
     # machine
     compile: bool = setting(True, "use torch.compile")
-    dtype: str = setting("auto", "of matrix products, float32 or bfloat16; auto: bfloat16 on a GPU")
+    dtype: str = setting("auto", "of matrix products; auto: bfloat16 where the machine has it")
     device: str = setting("auto", "cpu or cuda; auto: cuda if there is a GPU")
 
 
@@ -184,6 +184,16 @@ def can_compile(device):
         return False
 
 
+def default_dtype(device):
+    """bfloat16 where the hardware multiplies in it, a CPU by AVX512-BF16 or AMX; else float32."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        cpu = torch.cpu.get_capabilities()
+        native = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    return "bfloat16" if native else "float32"
+
+
 def default_micro_batch(sequences, device):
     """All at once; on a CPU, whose caches are small, the largest divisor up to 16 (dev/LOG.md)."""
     if device.type == "cuda":
@@ -237,7 +247,7 @@ def train(s):
     dist = Dist(s.device)
     device = dist.device
     if s.dtype == "auto":  # resolved here, as it is part of the run's identity
-        s.dtype = "bfloat16" if device.type == "cuda" else "float32"
+        s.dtype = default_dtype(device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bfloat16")
 
     # data, and groups of token classes by frequency (one group if that is not known)
@@ -271,7 +281,7 @@ def train(s):
     # compile, and wrap for several processes
     compiled = s.compile and dist.all_ranks(can_compile(device))
     if compiled:
-        model.compile()
+        model.compile(dynamic=False)
     elif s.compile:
         dist.print0("torch.compile does not work here (it needs a C++ compiler and Python's "
                     "headers): running eagerly")
@@ -292,7 +302,7 @@ def train(s):
         return evaluate(model, val_data, groups, s.eval_tokens, micro_batch, dist)
 
     stop_signal = StopSignal()
-    if start == 0:
+    if start == 0 and s.eval_every:
         metrics.log_eval(0, *run_eval())
     metrics.start_clock()
     for step in range(start + 1, s.steps + 1):
@@ -327,7 +337,7 @@ def train(s):
         # log, evaluate, save, each every so many steps
         last = step == s.steps
         stopping = dist.any_rank(stop_signal.number is not None)
-        to_eval = last or step % s.eval_every == 0
+        to_eval = last or (s.eval_every and step % s.eval_every == 0)
         to_save = last or stopping or step % s.save_every == 0
         if to_eval or to_save or step % s.log_every == 0:
             diverged = metrics.flush(step)
@@ -348,22 +358,23 @@ def train(s):
     return 0
 
 
-def main():
-    s = parse(sys.argv[1:])
+def main(argv):
+    """Returns the exit status."""
+    s = parse(argv)
     try:
         status = train(s)
     except UserError as e:
         print(f"train.py: {e}", file=sys.stderr)
-        sys.exit(1)
+        return e.status
     except torch.OutOfMemoryError:
         print("train.py: the GPU's memory is full: lower --micro_batch", file=sys.stderr)
-        sys.exit(1)
+        return 1
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
         sys.stdout.flush()
         os._exit(status)  # gloo's threads may abort at a normal exit (pytorch issue 179291)
-    sys.exit(status)
+    return status
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -10,49 +10,63 @@ results/SCALE/NAME.md, .json and .png.
 """
 import argparse
 import ast
+import json
 import math
 import shlex
+import signal
 import statistics
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
+import train
 from experiments.sweep import (
-    LR_GRID, STYLES, ExperimentResult, Run, coordinate_search, finished, fmt, gap_to, interval_text,
-    lower_until_stable, mark_diverged, markdown_table, max_stable_lr, outcomes, plot_seeds,
-    rerun_with_new_seeds, run_all, save_results)
+    LR_GRID, STYLES, ExperimentResult, Run, concurrently, coordinate_search, finished, fmt, gap_to,
+    interval_text, mark_diverged, markdown_table, max_stable_lr, next_below, outcomes, plot_seeds,
+    rerun_with_new_seeds, run_all, save_results, stop_all)
 from loader import UserError, read_meta, token_counts
 from metrics import frequency_groups
 from model import SIZES, Config
 
-SEED = 42
+SEED = 42  # of searches; final runs have others
+SETTINGS = {field.name for field in fields(train.Settings)}
 
-# Batch, steps and clips of 130m, 350m and 1b are the paper's; 60m, nano and every eval_every ours.
+# Batch and steps of 130m, 350m and 1b are the paper's; 60m and nano are ours.
 SCALES = {
-    "nano": {"model": "nano", "batch_size": 64, "steps": 200, "eval_every": 40},
-    "60m": {"model": "60m", "batch_size": 2048, "steps": 2500, "eval_every": 250},
-    "130m": {"model": "130m", "batch_size": 2048, "steps": 5000, "eval_every": 500},
-    "350m": {"model": "350m", "batch_size": 2048, "steps": 15000, "eval_every": 1500},
-    "1b": {"model": "1b", "batch_size": 4096, "steps": 19125, "eval_every": 1500},
+    "nano": {"model": "nano", "batch_size": 32, "steps": 200},
+    "60m": {"model": "60m", "batch_size": 2048, "steps": 2500},
+    "130m": {"model": "130m", "batch_size": 2048, "steps": 5000},
+    "350m": {"model": "350m", "batch_size": 2048, "steps": 15000},
+    "1b": {"model": "1b", "batch_size": 4096, "steps": 19125},
 }
 LARGE = {"eval_tokens": 10_000_000, "save_every": 500, "micro_batch": 32}  # all but nano
+CURVE = 4  # evaluations along a run whose validation loss is drawn over the steps
 
 # start: where a search begins; at: what differs at a scale (the paper's values for clipped SGD,
 # ours for Adam); axes: what is searched beside lr, in steps of about sqrt(10) for every method.
 MOMENTA = (0.5, 0.8, 0.9, 0.95, 0.98)
+ADAM_AXES = {"beta1": MOMENTA, "beta2": (0.8, 0.9, 0.95, 0.99, 0.999)}
+GRAD_CLIPS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 METHODS = {
     "Adam": {
         "start": {"optimizer": "adamw", "lr": 3.16e-3, "beta1": 0.9, "beta2": 0.95},
         "at": {scale: {"lr": 1e-3} for scale in ("60m", "130m", "350m", "1b")},
-        "axes": {"beta1": MOMENTA, "beta2": (0.8, 0.9, 0.95, 0.99, 0.999)}},
+        "axes": ADAM_AXES},
+    "Adam, global norm clipped": {
+        "start": {"optimizer": "adamw", "lr": 3.16e-3, "beta1": 0.9, "beta2": 0.95,
+                  "grad_clip": 1.0},
+        "at": {scale: {"lr": 1e-3} for scale in ("60m", "130m", "350m", "1b")},
+        "axes": {**ADAM_AXES, "grad_clip": GRAD_CLIPS}},
     "SGD": {"start": {"optimizer": "sgd", "momentum": 0, "lr": 0.316}, "axes": {}},
     "SGD with momentum": {
         "start": {"optimizer": "sgd", "lr": 1.0, "momentum": 0.9},
         "axes": {"momentum": MOMENTA}},
     "SGD, global norm clipped": {  # where the clip binds, lr x grad_clip is the length of a step
         "start": {"optimizer": "sgd", "lr": 31.6, "momentum": 0.9, "grad_clip": 0.1},
-        "axes": {"grad_clip": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0), "momentum": MOMENTA},
+        "axes": {"grad_clip": GRAD_CLIPS, "momentum": MOMENTA},
         "against": ("grad_clip",)},
     "clipped SGD": {
         "start": {"optimizer": "clipped_sgd", "lr": 100.0, "token_clip": 1e-3,
@@ -69,29 +83,34 @@ METHODS = {
 def method(name, args, **changes):
     """The Run of a method at this scale, with changes to where its search starts."""
     spec, large = METHODS[name], {} if args.scale == "nano" else LARGE
-    settings = {**SCALES[args.scale], **large, "data": args.data, "seed": SEED, **spec["start"],
-                **spec.get("at", {}).get(args.scale, {}), **args.override, **changes}
+    settings = {**SCALES[args.scale], **large, "eval_every": None, "data": args.data, "seed": SEED,
+                **spec["start"], **spec.get("at", {}).get(args.scale, {}), **args.override,
+                **changes}
     return Run(name, settings, ("lr", *spec["axes"]))
 
 
-def search(name, args, only=None, **changes):
-    """The best run of a method and all that were tried, over lr and its axes or `only` some."""
-    axes = {"lr": LR_GRID, **METHODS[name]["axes"]}
+def search(name, args, only=None, below=math.inf, **changes):
+    """The best run of a method and all that were tried, over lr and its axes or `only` some, at
+    learning rates below `below`."""
+    axes = {"lr": [lr for lr in LR_GRID if lr < below], **METHODS[name]["axes"]}
     axes = {axis: grid for axis, grid in axes.items() if only is None or axis in only}
     return coordinate_search(lambda **more: method(name, args, **{**changes, **more}), axes, args,
                              METHODS[name].get("against", ()))
 
 
-def final_runs(found, args):
-    """{method: runs} at other seeds than the search's, from {method: (best run, all runs)}; where
-    one of them diverges, all at the next lower learning rate, and so on."""
-    def at_new_seeds(name, **lower_lr):
-        settings = found[name][0].settings | lower_lr
-        return rerun_with_new_seeds(method(name, args, **settings), args, first=1)
-    final = {name: at_new_seeds(name) for name in found}
-    run_all(sum(final.values(), []), args)
-    return {name: lower_until_stable(lambda **lr: at_new_seeds(name, **lr), runs, args)[-1]
-            for name, runs in final.items()}
+def final_runs(name, args):
+    """A method at the best settings that a search finds, at other seeds than the search's; where
+    one of these diverges, at the best settings below that learning rate, and so on. Returns the
+    best run of the search, all its runs, and those at the other seeds."""
+    best, tried = search(name, args)
+    curve = {"eval_every": max(1, best.settings["steps"] // CURVE)} | args.override
+    while True:
+        runs = run_all(rerun_with_new_seeds(best, args, first=1, **curve), args)
+        lower = next_below(LR_GRID, best.lr)
+        if not any(run.diverged for run in runs) or lower is None:
+            return best, tried, runs
+        best, more = search(name, args, below=best.lr, **{**best.settings, "lr": lower})
+        tried += more
 
 
 def lr_grid(name, args, **changes):
@@ -111,12 +130,11 @@ def stable_lr(runs):
 
 
 def resized(s, args, batch_size, steps):
-    """What changes in settings s for a batch size and steps, with as many evaluations."""
+    """What changes in settings s for a batch size and steps."""
     if batch_size < args.nproc or steps < 1:
         raise UserError(f"{steps} steps of {batch_size} sequences with --nproc={args.nproc} cannot "
                         "be run: give more --steps or a larger --batch_size")
-    changes = {"batch_size": batch_size, "steps": steps,
-               "eval_every": max(1, steps * s["eval_every"] // s["steps"])}
+    changes = {"batch_size": batch_size, "steps": steps}
     if s.get("micro_batch"):
         changes["micro_batch"] = min(s["micro_batch"], batch_size // args.nproc)
     return changes
@@ -162,36 +180,43 @@ def plot_by_lr(axes, runs, style, label):
 # ---- experiments ----
 
 def demo(args):
-    runs = run_all([method(name, args)
-                    for name in ("Adam", "SGD with momentum", "clipped SGD")], args)
+    page = Path(f"results/{args.scale}/gap.json")
+    if not page.exists():
+        raise UserError(f"{page} is missing, and the demo runs at its settings: restore it, or run "
+                        f"`make gap SCALE={args.scale}` first")
+    best = {}  # the first row of each method at its best settings
+    for row in json.loads(page.read_text())["rows"]:
+        if row["role"] == "seed" and row["method"] in ("Adam", "SGD with momentum", "clipped SGD"):
+            best.setdefault(row["method"], {name: row[name] for name in row.keys() & SETTINGS})
+    runs = run_all([method(name, args, **{**row, "data": args.data, **args.override})
+                    for name, row in best.items()], args)
     rows = [run.row(adam=runs[0]) for run in runs]
     table = markdown_table(
-        ("method", "learning rate", "validation loss", "gap to Adam", "minutes", "tokens/s"),
-        [(run.label, f"{run.lr:g}", run.outcome, fmt(row["gap"], "+.1%"),
+        ("method", "settings", "validation loss", "gap to Adam", "minutes", "tokens/s"),
+        [(run.label, run.settings_text, run.outcome, fmt(row["gap"], "+.1%"),
           f"{(row['seconds'] or 0) / 60:.1f}", fmt(row["tok_per_s"], ",.0f"))
          for run, row in zip(runs, rows)])
     return ExperimentResult(
         "Adam, SGD and clipped SGD side by side", table, rows, runs,
-        "One run of each method, where its search in `gap` starts.",
-        lambda axes: plot_losses(axes, {run.label: [run] for run in runs}))
+        f"The first seed of three rows of {page.with_suffix('.md')}, each method at its best "
+        "settings.", lambda axes: plot_losses(axes, {run.label: [run] for run in runs}))
 
 
 def gap(args):
-    run_all([method(name, args) for name in METHODS], args)  # where the searches start, for --jobs
-    found = {name: search(name, args) for name in METHODS}
-    final = final_runs(found, args)
+    run_all([method(name, args) for name in METHODS], args)  # where the searches start
+    found = dict(zip(METHODS, concurrently(final_runs, METHODS, args)))
+    adam, _, adams = found["Adam"]
     rows, lines = [], []
-    for name, (best, tried) in found.items():
-        runs, adams = final[name], final["Adam"]
-        rows += [run.row(adam) | {"role": "seed"} for run, adam in zip(runs, adams)]
-        rows += [run.row(found["Adam"][0]) | {"role": "search"} for run in tried]
+    for name, (best, tried, runs) in found.items():
+        rows += [run.row(other) | {"role": "seed"} for run, other in zip(runs, adams)]
+        rows += [run.row(adam) | {"role": "search"} for run in tried]
         edges = [axis for axis, grid in METHODS[name]["axes"].items()
                  if best.settings[axis] in (grid[0], grid[-1])]
         edge = f" (the grid's edge: {', '.join(edges)})" if edges else ""
         lines.append((name, runs[0].settings_text + edge, outcomes(runs),
                       interval_text([math.exp(run.loss) for run in runs], ".1f"),
                       interval_text(map(gap_to, adams, runs), "+.1%"),
-                      interval_text([run.loss - adam.loss for run, adam in zip(runs, adams)],
+                      interval_text([run.loss - other.loss for run, other in zip(runs, adams)],
                                     "+.3f"),
                       *clip_shares(runs[0]), str(state_bytes(best.settings)), str(len(tried))))
     table = markdown_table(
@@ -200,11 +225,11 @@ def gap(args):
          "runs of the search"), lines)
     return ExperimentResult(
         "Each method at its best settings", table, rows,
-        sum([final[name] + found[name][1] for name in METHODS], []),
-        f"Each method at the best settings that a search found at seed {SEED}, run at other seeds, "
-        "and where one of these diverges at the next lower learning rate. Mean and 95% interval "
-        "(Student's t); gaps are taken seed by seed; shares clipped are of the first seed.",
-        lambda axes: plot_losses(axes, final))
+        sum([runs + tried for _, tried, runs in found.values()], []),
+        f"Each method at the best settings that a search found at seed {SEED}, run at other seeds; "
+        "where one of these diverged, the search went on below that learning rate. Mean and 95% "
+        "interval (Student's t); gaps are taken seed by seed; shares clipped are of the first "
+        "seed.", lambda axes: plot_losses(axes, {name: runs for name, (*_, runs) in found.items()}))
 
 
 def lr(args):
@@ -235,9 +260,11 @@ def ablation(args):
     """Is it the clipping or the learning rate?"""
     small, searched = max_stable_lr(lambda **c: method("SGD with momentum", args, **c), args)
     large = method("clipped SGD", args).lr
-    best_adam, tried = search("Adam", args)
     # at lr 1e9 every update is clipped: each tensor's is scaled to one RMS
-    normalized, more = search("clipped SGD", args, ["update_clip"], lr=1e9, token_clip=None)
+    (best_adam, tried), (normalized, more) = concurrently(
+        lambda given, args: search(given[0], args, *given[1:2], **given[2]),
+        (("Adam", None, {}),
+         ("clipped SGD", ["update_clip"], {"lr": 1e9, "token_clip": None})), args)
     searched += tried + more
 
     cells = {}  # (clip, learning rate): runs
@@ -288,17 +315,22 @@ BATCH_AXES = ("lr", "update_clip")  # what is searched at each batch size
 
 
 def batch(args):
-    names = ("Adam", "SGD", "SGD with momentum", "clipped SGD")
-    best, rows, lines, runs = {name: [] for name in names}, [], [], []
-    for shape in batch_sizes(args):
-        line = [str(shape["batch_size"])]
+    names, shapes = ("Adam", "SGD", "SGD with momentum", "clipped SGD"), batch_sizes(args)
+
+    def at_each_size(name, args):
+        found, start = [], {}
+        for shape in shapes:  # from the best at the batch size before
+            found.append(search(name, args, BATCH_AXES, **shape, **start))
+            start = {axis: found[-1][0].settings[axis] for axis in BATCH_AXES
+                     if axis in found[-1][0].settings}
+        return found
+    found = dict(zip(names, concurrently(at_each_size, names, args)))
+    best = {name: [run for run, _ in found[name]] for name in names}
+    rows, lines, runs = [], [], []
+    for i, shape in enumerate(shapes):
+        line, adam = [str(shape["batch_size"])], best["Adam"][i]
         for name in names:
-            # start from the best at the batch size before
-            before = best[name][-1].settings if best[name] else {}
-            start = {axis: before[axis] for axis in BATCH_AXES if axis in before}
-            run, tried = search(name, args, BATCH_AXES, **shape, **start)
-            best[name].append(run)
-            adam = best["Adam"][-1]
+            run, tried = found[name][i]
             rows += [each.row(adam) | {"best": each.out == run.out} for each in tried]
             runs += tried
             line.append(f"{run.outcome} ({run.lr:g}), {fmt(gap_to(adam, run), '+.1%')}")
@@ -321,9 +353,10 @@ def batch(args):
 
 def dynamics(args):
     small, _, large, _ = batch_sizes(args)  # the largest has too few steps
-    found = {(name, size): search(name, args, BATCH_AXES, **shape)
-             for size, shape in (("small batch", small), ("large batch", large))
-             for name in ("Adam", "clipped SGD")}
+    shapes = {"small batch": small, "large batch": large}
+    keys = [(name, size) for size in shapes for name in ("Adam", "clipped SGD")]
+    found = dict(zip(keys, concurrently(
+        lambda key, args: search(key[0], args, BATCH_AXES, **shapes[key[1]]), keys, args)))
     quantities = {"grad_norm": "gradient norm", "weight_to_gradient": "weight-to-gradient ratio",
                   "effective_lr": "effective learning rate", "imbalance": "token-class imbalance"}
     rows, lines = [], []
@@ -333,7 +366,7 @@ def dynamics(args):
                     | {"size": size, "spikes": run.spikes, **medians})
         lines.append((name, str(run.settings["batch_size"]), f"{run.lr:g}", run.outcome,
                       *(fmt(median, ".3g") for median in medians.values()),
-                      f"{len(run.spikes)} of {max(0, len(run.steps) - 100)}"))
+                      f"{len(run.spikes)} of {max(0, len(run.logged('step')) - 100)}"))
     table = markdown_table(
         ("method", "sequences per batch", "lr", "validation loss",
          *(f"{text} (median)" for text in quantities.values()),
@@ -342,8 +375,8 @@ def dynamics(args):
     def draw(panels):
         for axes, (key, text) in zip(panels.flat, quantities.items()):
             for (name, size), (run, _) in found.items():
-                steps = run.logged(key)
-                axes.plot([line["tokens"] / 1e6 for line in steps], [line[key] for line in steps],
+                steps = run.logged("tokens", key)
+                axes.plot([tokens / 1e6 for tokens, _ in steps], [value for _, value in steps],
                           color="black" if name == "Adam" else "#56b4e9", label=f"{name}, {size}",
                           linewidth=0.5 if size == "small batch" else 1.5)
             axes.set(yscale="log", xlabel="million tokens", ylabel=f"{text} (log scale)")
@@ -365,7 +398,8 @@ def thresholds(args):
     found = [search("clipped SGD", args, axes, **base)]
     centre = found[0][0]
     base |= {axis: centre.settings[axis] for axis in axes}
-    found += [search("clipped SGD", args, axes, **{**base, **changes}) for changes in points]
+    found += concurrently(lambda changes, args: search(
+        "clipped SGD", args, axes, **{**base, **changes}), points, args)
 
     rows, lines = [], []
     for best, tried in found:
@@ -405,7 +439,8 @@ def frequency(args):
         raise UserError(f"{args.data}/token_counts.npy is missing: restore it, or prepare the data "
                         "again with data/prepare.py into another folder")
     names = ("Adam", "SGD with momentum", "clipped SGD")
-    final = final_runs({name: search(name, args) for name in names}, args)
+    final = {name: runs for name, (*_, runs)
+             in zip(names, concurrently(final_runs, names, args))}
     if args.dry:
         return None
     rows, losses = [], {}
@@ -521,16 +556,26 @@ def main(experiments):
     option("name", choices=experiments, nargs="?", default=next(iter(experiments)))
     option("--scale", choices=SCALES, default="nano")
     option("--data", default="data/python", help="data directory, made by data/prepare.py")
-    option("--seeds", type=int, default=3, choices=range(1, 11), metavar="N", help="of final runs")
-    option("--nproc", type=int, default=1, help="processes per run, by torchrun")
-    option("--jobs", type=int, default=1, help="runs at a time, on a CPU")
-    option("--gpus", type=int, default=8, help="cost: how many")
-    option("--peak", type=float, default=989e12, help="cost: their FLOP/s (H100, dense bf16)")
-    option("--mfu", type=float, default=0.4, help="cost: the share of these that is reached")
+    option("--seeds", type=int, choices=range(1, 11), metavar="N", help="of final runs [3]")
+    option("--nproc", type=int, help="processes per run, by torchrun [1]")
+    option("--jobs", type=int, help="runs at a time [a CPU's cores, at most 8; on a GPU 1]")
+    option("--gpus", type=int, help="how many [8]")
+    option("--peak", type=float, help="their FLOP/s [989e12: H100, dense bf16]")
+    option("--mfu", type=float, help="the share of these that is reached [0.4]")
     option("--dry", action="store_true", help="print the commands of the runs that are missing")
     args, others = parser.parse_known_args()
-    if min(args.jobs, args.nproc, args.gpus) < 1:
-        parser.error("--jobs, --nproc and --gpus start at 1")
+    for name, acts in (("seeds", args.name in ("gap", "ablation", "frequency", "spikes")),
+                       *((name, args.name != "cost") for name in ("nproc", "jobs", "dry")),
+                       *((name, args.name == "cost") for name in ("gpus", "peak", "mfu"))):
+        if getattr(args, name) and not acts:
+            parser.error(f"--{name} does nothing in {args.name}: drop it")
+    cores = 1 if torch.cuda.is_available() else min(8, torch.get_num_threads())
+    for name, default in (("seeds", 3), ("nproc", 1), ("jobs", cores), ("gpus", 8),
+                          ("peak", 989e12), ("mfu", 0.4)):
+        value = getattr(args, name)
+        setattr(args, name, default if value is None else value)
+        if getattr(args, name) <= 0:
+            parser.error(f"--{name} must be above 0")
     args.data, args.override = args.data.rstrip("/"), {}
     for word in others:
         name, equals, text = word.removeprefix("--").partition("=")
@@ -541,11 +586,18 @@ def main(experiments):
             args.override[name] = ast.literal_eval(text)
         except (ValueError, SyntaxError):  # a word
             args.override[name] = None if text == "none" else text
+    # what is not the default is in the page's name
+    args.suffix = "" if args.data == "data/python" else f"-{Path(args.data).name}"
+    args.suffix += "" if args.seeds == 3 else f"-seeds{args.seeds}"
+    args.suffix += "".join(f"-{name}{value}" for name, value in args.override.items())
     args.command = f"python -m experiments.{Path(sys.argv[0]).stem} {shlex.join(sys.argv[1:])}"
 
+    args.pool = ThreadPoolExecutor(args.jobs)
     try:
         if args.name != "cost" and not args.dry:
             check_memory(args)
+            signal.signal(signal.SIGTERM, stop_all)
+            signal.signal(signal.SIGINT, stop_all)
         result = experiments[args.name](args)
         if result and not args.dry:
             save_results(args.name, args, result)

@@ -43,8 +43,8 @@ def spikes(args):
     rows, lines = [], []
     for (name, variant), grid in grids.items():
         runs, adams = final[name, variant], final["Adam", variant] or [None] * args.seeds
-        here = [run.row(best["Adam", variant]) | {"arm": variant, "role": "grid"} for run in grid]
-        here += [run.row(adam) | {"arm": variant, "role": "seed"} for run, adam in zip(runs, adams)]
+        here = [run.row(best["Adam", variant]) | {"variant": variant, "role": "grid"} for run in grid]
+        here += [run.row(adam) | {"variant": variant, "role": "seed"} for run, adam in zip(runs, adams)]
         rows += [row | {"spikes": run.spikes} for row, run in zip(here, grid + runs)]
         by_lr = [f"{run.lr:g}: {run.outcome} ({len(run.spikes)})" for run in grid]
         at_seeds = ("-", "-", "-")

@@ -1,9 +1,14 @@
 """Runs of train.py, searches over their settings, statistics and result pages.
 
-A run is one call of train.py in a folder under runs/ whose name holds a hash of all its settings:
-finished runs are not repeated, and killed ones continue where they stopped.
+A run is one call of train.py in a folder under runs/. The folder's name holds a hash of its
+settings, the data and the code that it executes: finished runs are not repeated, and killed ones
+continue where they stopped. A run takes one thread, so that its numbers do not depend on how many
+run at a time.
 """
+import ast
+import gc
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -13,45 +18,73 @@ import statistics
 import subprocess
 import sys
 import threading
+import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 
-from loader import UserError, read_meta
-from train import Settings
+import torch
 
-TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+import train
+from checkpoint import Busy
+from loader import UserError, fingerprint, read_meta
+
+TRAIN = Path(train.__file__)
+CODE = ("train", "model", "optim", "loader", "checkpoint", "metrics")  # what a run executes
 LR_GRID = tuple(float(f"{10 ** (k / 2):.3g}") for k in range(-12, 11))  # 1e-6 ... 1e5 by sqrt(10)
+THREADS = 1  # of a process of a run
 
-FAILED = {}  # folder -> reason, of the runs that failed; they are not started again
-RUNNING, STOPPING = [], threading.Event()  # the processes of runs; set when they are to stop
+
+# ---- runs ----
+
+@cache
+def code_hash():
+    """sha256 of the files in CODE, without their comments and layout."""
+    trees = [ast.dump(ast.parse(TRAIN.with_name(f"{name}.py").read_text())) for name in CODE]
+    return hashlib.sha256("".join(trees).encode()).hexdigest()
 
 
 class Run:
     """One run of train.py; `axes` are the settings that a search may change. read() sets `final`
-    (the last line of the metrics, or None), `evals` and `steps` (the others) and `loss` (the final
+    (the last line of the metrics, or None), `evals` (its evaluations) and `loss` (the final
     validation loss in nats per token, infinite if the run diverged or failed)."""
 
     def __init__(self, label, settings, axes=("lr",)):
         self.label, self.settings, self.axes = label, settings, axes
         self.lr = settings["lr"]
-        # the hash covers train.py's defaults and the data, too
-        every = {**asdict(Settings()), **settings}
-        meta = Path(settings["data"]) / "meta.json"
-        key = json.dumps(every, sort_keys=True) + (meta.read_text() if meta.exists() else "")
-        name = "-".join(str(every[k]) for k in ("model", "optimizer", "lr", "seed"))
+        key = json.dumps([{**asdict(train.Settings()), **settings}, fingerprint(settings["data"]),
+                          code_hash(), THREADS], sort_keys=True)
+        name = "-".join(str(settings[k]) for k in ("model", "optimizer", "lr", "seed"))
         self.out = Path("runs") / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+
+    def lines(self, *words):
+        """The lines of metrics.jsonl in which one of these words stands, one after the other."""
+        path = self.out / "metrics.jsonl"
+        if path.exists():
+            with open(path) as file:
+                for text in file:
+                    if any(f'"{word}":' in text for word in words):
+                        try:
+                            yield json.loads(text)
+                        except ValueError:  # torn by a crash; train.py will write it again
+                            return
+
+    def logged(self, *names):
+        """Tuples of these values, of the steps that have them all."""
+        rows = (tuple(map(line.get, names)) for line in self.lines("train_loss"))
+        return [row for row in rows if None not in row]
+
+    def average(self, name, average=statistics.fmean):
+        """Of a value over the steps that have it, or None."""
+        values = [value for value, in self.logged(name)]
+        return average(values) if values else None
 
     def read(self):
         """Read the metrics. Returns whether the run is over."""
-        path, lines = self.out / "metrics.jsonl", []
-        for text in path.read_text().splitlines() if path.exists() else []:
-            try:
-                lines.append(json.loads(text))
-            except ValueError:  # torn by a crash; train.py will write it again
-                break
+        lines = list(self.lines("val_tokens", "final"))
         self.evals = [line for line in lines if "val_tokens" in line]
-        self.steps = [line for line in lines if "train_loss" in line]
         self.final = lines[-1] if lines and lines[-1].get("final") else None
         self.diverged = self.final is not None and self.final["status"] == "diverged"
         self.loss = self.final["val_loss"] if self.final and not self.diverged else math.inf
@@ -62,40 +95,11 @@ class Run:
             self.outcome = f"failed: {FAILED.get(self.out)}"
         return self.final is not None
 
-    def command(self, args):
-        """What comes after `python`."""
-        words = [os.path.relpath(TRAIN)]
-        if args.nproc > 1:
-            words = ["-m", "torch.distributed.run", "--standalone",
-                     f"--nproc_per_node={args.nproc}", *words]
-        for name, value in self.settings.items():
-            words.append(f"--{name}={'none' if value is None else value}")
-        return [*words, f"--out={self.out}"]
-
-    def start(self, args, count):
-        """Run train.py and show its output. If it fails, FAILED says why."""
-        if STOPPING.is_set():
-            return
-        seed = self.settings["seed"]
-        print(f"{count} {self.label}, {self.settings_text}, seed {seed}", flush=True)
-        env = {**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "270"}  # seconds to save in
-        if args.jobs > 1:
-            env["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // args.jobs // args.nproc))
-        reason = "see its output"
-        with subprocess.Popen([sys.executable, *self.command(args)], stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, text=True, env=env) as process:
-            RUNNING.append(process)
-            if STOPPING.is_set():
-                process.terminate()
-            for line in process.stdout:
-                print(f"   {count} {line}", end="", flush=True)
-                if line.startswith("train.py: "):
-                    reason = line.strip().replace("|", "/")  # it goes into a table
-        if (process.returncode or not self.read()) and not STOPPING.is_set():
-            FAILED[self.out] = f"{reason} (exit status {process.returncode})"
-            print(f"   {count} FAILED: {FAILED[self.out]}", file=sys.stderr)
-        if process.returncode == 2:  # settings that train.py refuses
-            stop_all()
+    @property
+    def words(self):
+        """Its settings as train.py takes them."""
+        settings = {**self.settings, "out": self.out}
+        return [f"--{k}={'none' if v is None else v}" for k, v in settings.items()]
 
     @property
     def settings_text(self):
@@ -105,17 +109,8 @@ class Run:
     @property
     def spikes(self):
         """The steps, from 1, at which the gradient norm spikes."""
-        norms = [line["grad_norm"] or 0.0 for line in self.steps]
-        return [self.steps[i]["step"] for i in spike_steps(norms)]
-
-    def logged(self, name):
-        """The lines of the steps that have a value of this name."""
-        return [line for line in self.steps if line.get(name) is not None]
-
-    def average(self, name, average=statistics.fmean):
-        """Of a value over the steps that have it, or None."""
-        values = [line[name] for line in self.logged(name)]
-        return average(values) if values else None
+        logged = self.logged("step", "grad_norm")
+        return [logged[i][0] for i in spike_steps([norm for _, norm in logged])]
 
     def row(self, adam=None):
         """The run in a page's JSON."""
@@ -126,30 +121,119 @@ class Run:
                 "tok_per_s": self.average("tok_per_s", statistics.median)}
 
 
+# ---- the processes that run them ----
+
+STARTED, FAILED = {}, {}  # folder -> its Future; folder -> why it failed (it is not started again)
+PROCESSES, STOPPING = [], threading.Event()  # those of runs; set when they are to stop
+NUMBERS = itertools.count(1)
+ENDED = "run ended with exit status "
+thread = threading.local()
+
+
+def work():
+    """In a worker process: runs of train.py, the words of one per line of stdin. So torch starts
+    once, and the compiled model serves every run of its shapes."""
+    torch._dynamo.config.recompile_limit = 64  # shapes; beyond, PyTorch would run eagerly
+    for line in sys.stdin:
+        try:
+            status = train.main(shlex.split(line))
+        except SystemExit as e:
+            status = e.code
+        except Exception:
+            traceback.print_exc()
+            status = 1
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until the next run has its own handlers
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        gc.collect()
+        print(f"{ENDED}{status}", flush=True)
+
+
+def launcher(nproc):
+    """What comes before the words of a run, after `python`."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+    return [*(torchrun if nproc > 1 else []), os.path.relpath(TRAIN)]
+
+
+def execute(run, nproc, show):
+    """Run it in this thread's worker process, or with several processes under torchrun; show(line)
+    its output. Returns the exit status."""
+    process = getattr(thread, "worker", None)
+    if process is None or process.poll() is not None:
+        words = ["-m", "experiments.sweep"] if nproc == 1 else [*launcher(nproc), *run.words]
+        env = {**os.environ, "OMP_NUM_THREADS": str(THREADS),
+               "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "270"}  # seconds to save in
+        process = subprocess.Popen([sys.executable, *words], env=env, text=True,
+                                   stdin=subprocess.PIPE if nproc == 1 else None,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        PROCESSES.append(process)
+    if nproc == 1:
+        thread.worker = process
+        print(shlex.join(run.words), file=process.stdin, flush=True)
+    if STOPPING.is_set():
+        process.terminate()
+    for line in process.stdout:
+        if line.startswith(ENDED):
+            return int(line.removeprefix(ENDED))
+        show(line)
+    return process.wait()  # it has ended by itself
+
+
+def start(run, nproc):
+    """Run it, with its output on stdout. If it fails, FAILED says why."""
+    number, reason, status = f"[{next(NUMBERS)}]", "see its output", Busy.status
+
+    def show(line):
+        nonlocal reason
+        print(f"   {number} {line}", end="", flush=True)
+        if line.startswith("train.py: "):
+            reason = line.strip().replace("|", "/")  # it goes into a table
+
+    seed = run.settings["seed"]
+    print(f"{number} {run.label}, {run.settings_text}, seed {seed}", flush=True)
+    while status == Busy.status and not STOPPING.wait(timeout=0):
+        status = execute(run, nproc, show)
+        if status == Busy.status:  # another table runs it
+            STOPPING.wait(timeout=5)
+    if (status or not run.read()) and not STOPPING.is_set():
+        FAILED[run.out] = f"{reason} (exit status {status})"
+        print(f"   {number} FAILED: {FAILED[run.out]}", file=sys.stderr)
+    if status == 2:  # settings that train.py refuses
+        stop_all()
+
+
 def stop_all(signal_number=None, frame=None):
     """Let the runs save, and leave. Ctrl-C reaches them without this, SIGTERM does not."""
     STOPPING.set()
-    for process in RUNNING if signal_number != signal.SIGINT else []:
+    for process in PROCESSES if signal_number != signal.SIGINT else []:
         process.terminate()
     sys.exit(130 if signal_number else 2)
 
 
 def run_all(runs, args):
-    """Run what has not run yet, args.jobs at a time, or with args.dry print the commands. A failed
-    run stops nothing; settings that train.py refuses (exit status 2) stop everything."""
-    todo = {run.out: run for run in runs if not run.read() and run.out not in FAILED}.values()
-    if args.dry:
-        for run in todo:
-            print(shlex.join(["python", *run.command(args)]))
-    elif todo:
-        signal.signal(signal.SIGTERM, stop_all)
-        signal.signal(signal.SIGINT, stop_all)
-        counts = [f"[{i + 1}/{len(todo)}]" for i in range(len(todo))]
-        with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(Run.start, todo, [args] * len(todo), counts))
+    """Run what has not run yet in args.pool, or with args.dry print the commands. A failed run
+    stops nothing; settings that train.py refuses (exit status 2) stop everything."""
+    todo = {run.out: run for run in runs if not run.read() and run.out not in FAILED}
+    for out, run in todo.items():
+        if args.dry:
+            print(shlex.join(["python", *launcher(args.nproc), *run.words]))
+        elif out not in STARTED:
+            STARTED[out] = args.pool.submit(start, run, args.nproc)
+    for out in () if args.dry else todo:
+        STARTED[out].result()
+    if STOPPING.is_set():
+        sys.exit(130)
     for run in runs:  # the same run may be there twice
         run.read()
     return runs
+
+
+def concurrently(function, items, args):
+    """[function(item, args) for item in items], in threads: while one waits for a run, the others
+    start theirs."""
+    if args.dry:
+        return [function(item, args) for item in items]
+    with ThreadPoolExecutor(len(items)) as threads:
+        return list(threads.map(partial(function, args=args), items))
 
 
 def finished(runs):
@@ -185,7 +269,8 @@ def stable_start(make, args):
 
 def coordinate_search(make, axes, args, against=()):
     """From the first stable learning rate move along one axis after the other, to the next value
-    below or above while that is better, round and round until no neighbour is.
+    below or above while that is better, round and round until no neighbour is. Failed runs are
+    passed over.
 
     axes is {setting: grid of values}. Those in `against` are also moved together with lr, one up
     and the other down, since the best may lie on a diagonal. Returns the best run and all runs.
@@ -225,10 +310,10 @@ def max_stable_lr(make, args):
     return max(stable, default=tried[0].lr), tried
 
 
-def rerun_with_new_seeds(run, args, first=0):
+def rerun_with_new_seeds(run, args, first=0, **changes):
     """args.seeds Runs like this one, not run yet, from `first` above its seed."""
     start = run.settings["seed"] + first
-    return [Run(run.label, {**run.settings, "seed": seed}, run.axes)
+    return [Run(run.label, {**run.settings, **changes, "seed": seed}, run.axes)
             for seed in range(start, start + args.seeds)]
 
 
@@ -294,6 +379,7 @@ STYLES = {
     "SGD with momentum": {"color": "#d55e00", "linestyle": ":", "marker": "s"},
     "SGD, global norm clipped": {"color": "#009e73", "linestyle": "-.", "marker": "^"},
     "clipped SGD": {"color": "#0072b2", "linestyle": "--", "marker": "D"},
+    "Adam, global norm clipped": {"color": "#cc79a7", "linestyle": "-.", "marker": "P"},
 }
 
 
@@ -340,27 +426,29 @@ def save_results(name, args, result):
     if not ran:
         raise UserError(f"none of {len(runs)} runs finished, the last: {result.runs[-1].outcome}")
     # where and when they ran
-    configs = [json.loads((run.out / "config.json").read_text()) for run in ran]
+    configs = {run.out: json.loads((run.out / "config.json").read_text()) for run in ran}
     hours = sum(run.final["seconds"] for run in ran) / 3600
-    source = (f"{distinct(c['device'] for c in configs)}; "
-              f"torch {distinct(c['versions']['torch'] for c in configs)}; "
-              f"{distinct(c['started'][:10] for c in configs)}; "
-              f"commit {distinct(c['git_commit'] for c in configs)}; {hours:.1f} hours of runs")
+    source = (f"{distinct(c['device'] for c in configs.values())} per run; "
+              f"torch {distinct(c['versions']['torch'] for c in configs.values())}; "
+              f"{distinct(c['started'][:10] for c in configs.values())}; "
+              f"commit {distinct(c['git_commit'] for c in configs.values())}; "
+              f"{hours:.1f} hours of runs")
+    if there := [run.out for run in ran if run.out not in STARTED]:
+        print(f"{len(there)} of {len(runs)} runs were there, from commit "
+              f"{distinct(configs[out]['git_commit'] for out in there)}")
     # what was run
     settings, data = [run.settings for run in runs], Path(args.data)
     shapes = distinct(f"{s['steps']} steps of {s['batch_size']}" for s in settings)
     caption = (f"{result.caption} {distinct(s['model'] for s in settings)}; {shapes} x "
-               f"{read_meta(data)['seq_len']} tokens of {data.name}; {len(runs)} runs "
-               f"({len(runs) - len(ran)} failed), "
+               f"{read_meta(data)['seq_len']} tokens of {data.name}; "
+               f"{distinct(c['identity']['dtype'] for c in configs.values())}; {len(runs)} runs, "
                f"seed {distinct(sorted(s['seed'] for s in settings))}.")
-    stem = f"results/{args.scale}/{name}"
-    if args.data != "data/python":
-        stem += f"-{data.name}"
-    if args.seeds != 3:
-        stem += f"-seeds{args.seeds}"
-    for setting, value in args.override.items():
-        stem += f"-{setting}{value}"
-    write_page(Path(stem), result, caption, source, args.command, {"config": configs[0]})
+    if failed := [run for run in runs if not run.final]:
+        caption += (f" **{len(failed)} of {len(runs)} runs failed** "
+                    f"({distinct(run.label for run in failed)}): a search passes over a failed run, "
+                    "so that there may be better settings.")
+    stem = Path(f"results/{args.scale}/{name}{args.suffix}")
+    write_page(stem, result, caption, source, args.command, {"config": configs[ran[0].out]})
 
 
 def write_page(stem, result, caption, source, command, extra={}):
@@ -386,3 +474,7 @@ def write_page(stem, result, caption, source, command, extra={}):
     content = {"command": command, **extra, "rows": result.rows}
     Path(f"{stem}.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     print(f"\n{page}\n{stem}.md, .json, .png")
+
+
+if __name__ == "__main__":
+    work()
