@@ -100,10 +100,8 @@ def documents(args, split):
             path = hub_file(args, "dataset", "allenai/c4", f"en/c4-{name.format(i)}.json.gz")
             yield from filter(str.strip, read_documents(path))
         return
-    if args.source == "files":
-        texts = chain.from_iterable(map(read_documents, args.paths))
-    else:
-        texts = python_files(args.max_chars)
+    texts = (python_files(args.max_chars) if args.source == "python"
+             else chain.from_iterable(map(read_documents, args.paths)))
     for text in filter(str.strip, texts):
         # Split by the text's own hash, so that equal documents are on the same side.
         h = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
@@ -245,18 +243,22 @@ def prepare(args):
     meta_path, model_path = args.out / "meta.json", args.out / "tokenizer.model"
     try:
         old = dict(json.loads(meta_path.read_text()))
-    except (OSError, ValueError, TypeError):
-        old = {}  # none, or not ours
+        python = old["settings"].get("python")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        old, python = {}, None  # none, or not ours
     same = old.get("settings") == settings
     if same and old.get("complete"):
         print(f"{args.out} is ready: nothing to do")
+        return
+    if old.get("complete") and old["settings"] == {**settings, "python": python}:
+        print(f"{args.out} is ready; its text is the library of Python {python}, this is "
+              f"{settings['python']}")
         return
     if not same and (any(args.out.glob("*.bin")) or (model_path.exists() and not old)):
         fail(f"{args.out} holds data of other settings or files: choose another --out")
 
     try:
-        kept = same and model_path.exists()
-        model = model_path.read_bytes() if kept else tokenizer_model(args)
+        model = model_path.read_bytes() if same and model_path.exists() else tokenizer_model(args)
         t = Tokenizer(args.tokenizer, model)
     except (OSError, ValueError, RuntimeError) as e:
         fail(f"--tokenizer={args.tokenizer}: {' '.join(str(e).split())}: give t5, gpt2 (from a "

@@ -110,7 +110,7 @@ def final_runs(name, args):
         if not any(run.diverged for run in runs) or lower is None:
             return best, tried, runs
         best, more = search(name, args, below=best.lr, **{**best.settings, "lr": lower})
-        tried += more
+        tried += runs + more
 
 
 def lr_grid(name, args, **changes):

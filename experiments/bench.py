@@ -1,7 +1,8 @@
 """Speed and memory, beside baselines and beside what the machine can do.
 
     python -m experiments.bench                       # or `make bench`: every part, at nano
-    python -m experiments.bench train --model=130m    # one part; on a GPU bfloat16, with MFU
+    python -m experiments.bench train --model=130m    # one part; on a GPU with MFU
+    python -m experiments.bench train --dtype=float32 # not what train.py chooses here
 
 Numbers are medians over rounds [smallest, largest]. A round measures everything once, in turn,
 so that a slow minute of the machine hits all of it; a ratio is taken within a round.
@@ -11,6 +12,7 @@ import importlib.util
 import os
 import pstats
 import resource
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -28,6 +30,7 @@ from checkpoint import hardware
 from experiments.sweep import markdown_table
 from model import SIZES, Config, LLaMA
 from optim import build_optimizer
+from train import default_dtype
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}  # per second, bfloat16
@@ -54,18 +57,19 @@ def compare(title, unit, form, rounds, measurements, baselines=()):
     print(f"\n{title}\n\n{markdown_table(head, rows)}", flush=True)
 
 
-def matmul_flops():
-    """FLOP/s of square products; on a CPU by the better of PyTorch and NumPy, whose BLAS differ."""
-    n, dtype = (8192, torch.bfloat16) if DEVICE == "cuda" else (2048, torch.float32)
-    a = torch.randn(n, n, device=DEVICE, dtype=dtype)
+def matmul_flops(dtype):
+    """FLOP/s of square products; on a CPU in float32 by the better of PyTorch and NumPy, whose BLAS
+    differ."""
+    n = 8192 if DEVICE == "cuda" else 2048
+    a = torch.randn(n, n, device=DEVICE, dtype=getattr(torch, dtype))
     times = [seconds(lambda: a @ a, 10)]
-    if DEVICE == "cpu":
+    if DEVICE == "cpu" and dtype == "float32":
         times.append(seconds(lambda: a.numpy() @ a.numpy(), 10))
     return 2 * n**3 / min(times)
 
 
 @functools.cache  # a process makes its model once
-def training_step(library, size, vocab, B, T, bfloat16):
+def training_step(library, size, vocab, B, T, dtype):
     """A function that takes a training step with fused AdamW on random tokens."""
     x, y = torch.randint(vocab, (2, B, T)).to(DEVICE)
     if library == "transformers":
@@ -81,7 +85,7 @@ def training_step(library, size, vocab, B, T, bfloat16):
     ddp_model = DDP(model) if torch.distributed.is_initialized() else model
 
     def step():
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16"):
             if library == "transformers":
                 loss = model(x, labels=y, shift_labels=y).loss
             else:
@@ -104,19 +108,18 @@ def take_steps(store, processes, step_args, rank):
 
 
 def bench_train(args):
-    vocab, B, T = (4096, 64, 128) if args.model == "nano" else (32000, 64, 256)
-    B, on_gpu = args.batch or B, DEVICE == "cuda"
-    candidates = {"this repo": ("this repo", 1, on_gpu)}  # library, processes, bfloat16
+    vocab, B, T = (4096, 32, 128) if args.model == "nano" else (32000, 64, 256)
+    B = args.batch or B
+    candidates = {"this repo": ("this repo", 1)}  # library, processes
     if importlib.util.find_spec("transformers"):
-        candidates["transformers, compiled"] = ("transformers", 1, on_gpu)
-    if not on_gpu:
-        candidates["this repo, 2 processes of half the threads"] = ("this repo", 2, False)
-        candidates["this repo, bfloat16 (the others float32)"] = ("this repo", 1, True)
+        candidates["transformers, compiled"] = ("transformers", 1)
+    if DEVICE == "cpu":
+        candidates["this repo, 2 processes of half the threads"] = ("this repo", 2)
     folder, speed, memory = tempfile.TemporaryDirectory(), {}, {}
-    for name, (library, processes, bfloat16) in candidates.items():  # each in new processes
+    for name, (library, processes) in candidates.items():  # each in new processes
         pool = ProcessPoolExecutor(processes, get_context("forkserver"))
         work = functools.partial(take_steps, f"file://{folder.name}/store", processes,
-                                 (library, args.model, vocab, B // processes, T, bfloat16))
+                                 (library, args.model, vocab, B // processes, T, args.dtype))
 
         def tokens_per_second(name=name, pool=pool, work=work, ranks=range(processes)):
             times, peaks = zip(*pool.map(work, ranks))
@@ -124,12 +127,12 @@ def bench_train(args):
             return B * T / max(times)
         speed[name] = tokens_per_second
     flops = Config.named(args.model, vocab).flops_per_token(T)
-    speed["matmul roofline"] = lambda: matmul_flops() / flops
-    if on_gpu and torch.cuda.get_device_name() in PEAK_FLOPS:
+    speed["matmul roofline"] = lambda: matmul_flops(args.dtype) / flops
+    if DEVICE == "cuda" and torch.cuda.get_device_name() in PEAK_FLOPS:
         speed["peak (MFU)"] = lambda: PEAK_FLOPS[torch.cuda.get_device_name()] / flops
     baselines = [name for name in speed if not name.startswith("this repo")]
-    compare(f"Training step of {args.model}: {B} x {T} tokens, vocabulary {vocab:,}", "tokens/s",
-            ",.0f", args.rounds, speed, baselines)
+    compare(f"Training step of {args.model}: {B} x {T} tokens, vocabulary {vocab:,}, {args.dtype}",
+            "tokens/s", ",.0f", args.rounds, speed, baselines)
     compare("Peak memory of these processes", "MiB", ",.0f", 1,
             {name: functools.partial(memory.get, name) for name in memory}, ["this repo"])
 
@@ -172,6 +175,29 @@ def bench_start(args):
             print(f"\ntrain.py --steps=1, {cache} compile cache: {took:.1f} s", flush=True)
 
 
+def bench_table(args):
+    """The whole table `lr` with runs of ten steps, and its commands one after the other."""
+    words = ["-m", "experiments.adam_sgd_gap", "lr", f"--data={os.path.abspath(args.data)}",
+             "--jobs=1", f"--model={args.model}", "--steps=10", "--eval_tokens=10000"]
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1",
+                       "TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
+
+        def python(words):
+            return subprocess.run([sys.executable, *words], cwd=folder, env=environment, check=True,
+                                  text=True, stdout=subprocess.PIPE).stdout
+        commands = [shlex.split(line)[1:] for line in python([*words, "--dry"]).splitlines()]
+        python(commands[0][:-1] + ["--out=warm"])  # fills the compile cache
+        began = time.perf_counter()
+        for command in commands:
+            python([*command[:-1], command[-1] + "-alone"])
+        alone = time.perf_counter() - began
+        python(words)
+        table = time.perf_counter() - began - alone
+    print(f"\ntable of {len(commands)} runs of ten steps: {table:.0f} s, {table / alone:.2f} x the "
+          f"{alone:.0f} s of its commands one by one", flush=True)
+
+
 def bench_overhead(args):
     """What train.py does beside the steps of the model: Python's profile of a run."""
     with tempfile.TemporaryDirectory() as folder:
@@ -184,10 +210,12 @@ def bench_overhead(args):
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parts = {"train": bench_train, "optimizer": bench_optimizer, "start": bench_start,
-             "overhead": bench_overhead}
+             "table": bench_table, "overhead": bench_overhead}
     parser.add_argument("part", nargs="*", choices=parts, default=parts)
     parser.add_argument("--model", choices=SIZES, default="nano")
     parser.add_argument("--batch", type=int, help="sequences of a training step, even")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"),
+                        default=default_dtype(torch.device(DEVICE)), help="of the part train")
     parser.add_argument("--data", default="data/python", help="data directory")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()

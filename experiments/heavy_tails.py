@@ -11,7 +11,7 @@ digits beside many rare classes with barcodes. Each writes results/toy/NAME.md, 
 import argparse
 import gzip
 import math
-import sys
+import shlex
 import time
 import zlib
 from functools import cache, partial
@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.optim import SGD, Adam
 
 from checkpoint import hardware
@@ -74,35 +73,35 @@ class Problem:
         losses = []
         data = (self.X, self.labels, self.weights)
         for x, y, weights in zip(*[t.split(self.chunk) for t in data]):
-            loss = F.cross_entropy(self.net(x), y, reduction="none")
+            loss = nn.functional.cross_entropy(self.net(x), y, reduction="none")
             (loss * weights).sum().backward()
             losses.append(loss.detach())
         return torch.cat(losses)
 
 
-def train(problem, name, step_size, steps):
-    """Returns the mean loss of all samples [steps + 1] and of each group [steps + 1, groups], nats.
-    They are infinite once the loss exceeds twice that of a uniform guess: the run diverged."""
+def descend(problem, name, step_size):
+    """Yield the loss of each sample [n], nats, before each step, until the run diverges."""
     direction, make_optimizer, *_ = OPTIMIZERS[name]
-    params = list(problem.net.parameters())
-    optimizer = make_optimizer(params, step_size)
-    group = problem.group[problem.labels]
-    losses = torch.full((steps + 1,), math.inf)
-    groups = torch.full((steps + 1, int(group.max()) + 1), math.inf)
-    for step in range(steps + 1):
-        sample_losses = problem.backward()
-        loss = sample_losses.mean()
-        if not loss < 2 * math.log(len(problem.group)):
-            break
-        losses[step] = loss
-        groups[step] = group.bincount(sample_losses) / group.bincount()
-        grads = [p.grad for p in params]
+    optimizer = make_optimizer(list(problem.net.parameters()), step_size)
+    while (losses := problem.backward()).mean() < 2 * math.log(len(problem.group)):
+        yield losses
+        grads = [p.grad for p in problem.net.parameters()]
         if direction == "normalized":  # by one norm over all parameters
             torch._foreach_div_(grads, nn.utils.get_total_norm(grads))
         if direction == "sign":
             torch._foreach_sign_(grads)
-        if step < steps:
-            optimizer.step()
+        optimizer.step()
+
+
+def train(problem, name, step_size, steps):
+    """Returns the mean loss of all samples [steps + 1] and of each group [steps + 1, groups], nats.
+    They are infinite once the loss exceeds twice that of a uniform guess: the run diverged."""
+    group = problem.group[problem.labels]
+    losses = torch.full((steps + 1,), math.inf)
+    groups = torch.full((steps + 1, int(group.max()) + 1), math.inf)
+    for step, sample_losses in zip(range(steps + 1), descend(problem, name, step_size)):
+        losses[step] = sample_losses.mean()
+        groups[step] = group.bincount(sample_losses) / group.bincount()
     return losses, groups
 
 
@@ -129,10 +128,8 @@ def tune(make, name, start, steps):
 
 def page(title, caption, rows, draw, panels):
     """A page with a table of the rows, dicts with the same keys."""
-    cells = []
-    for row in rows:
-        cells.append([f"{x:.4f}" if isinstance(x, float) and key != "step size" else str(x)
-                      for key, x in row.items()])
+    cells = [[f"{x:.4f}" if isinstance(x, float) and key != "step size" else str(x)
+              for key, x in row.items()] for row in rows]
     table = markdown_table(list(rows[0]), cells)
     return ExperimentResult(title, table, rows, [], caption, draw, panels)
 
@@ -175,9 +172,9 @@ def frequencies(c):
     return pi / pi.sum()
 
 
-def quadratic(args):
+def quadratic(steps):
     """GD at 1 / pi_max and sign descent at 1 / steps [ours]."""
-    pi, steps = frequencies(1000), 200
+    pi = frequencies(1000)
     lr = 1 / pi.max()
     columns = {f"k = {k}": k - 1 for k in (1, 3, 10, 30, 100, 300, 1000)}
     gd, sign = [torch.ones_like(pi)], [torch.ones_like(pi)]
@@ -196,7 +193,7 @@ def quadratic(args):
                      (1, 2), ylabel="w_k (1 at the start)")
 
 
-def rates(args):
+def rates():
     """Softmax regression from W = 0, where the one input of class k is e_k."""
     pi, one_hot = frequencies(100), torch.eye(100, dtype=torch.float64)
     columns = {f"k = {k}": k - 1 for k in (1, 3, 10, 30, 100)}
@@ -251,7 +248,7 @@ def softmax_problem(m, weighting=0.0):
 def solve(name, m, steps, weighting=0.0):
     """Softmax regression at the optimizer's best step size, as tune() returns it."""
     start = OPTIMIZERS[name][2] * 12 * 2**11 / ((m + 1) * 2**m)  # half the inputs, twice the step
-    return tune(partial(softmax_problem, m, weighting), name, start, steps or 200)
+    return tune(partial(softmax_problem, m, weighting), name, start, steps)
 
 
 def softmax_page(title, caption, m, runs, shown):
@@ -262,26 +259,25 @@ def softmax_page(title, caption, m, runs, shown):
     return frequency_page(title, caption, runs, groups, shown)
 
 
-def softmax(args):
-    runs = {name: solve(name, args.m, args.steps) for name in OPTIMIZERS}
+def softmax(m, steps):
+    runs = {name: solve(name, m, steps) for name in OPTIMIZERS}
     shown = ("GD", "normalized GD", "sign descent", "Adam", "SGD, token clip", "clipped SGD")
     caption = (
         "Kunstner et al. 2024: GD and normalized GD hardly learn the rare classes, sign descent "
         "and Adam learn all alike. Not in that paper: clipped SGD (SGD-LL), and its row-wise "
         "clipping of the output layer's momentum (token clip) alone.")
-    return softmax_page("Softmax regression: loss by class frequency", caption, args.m, runs, shown)
+    return softmax_page("Softmax regression: loss by class frequency", caption, m, runs, shown)
 
 
-def reweighted(args):
-    runs = {}
-    for name in ("GD", "GD, momentum", "Adam, beta1 = 0", "Adam", "clipped SGD"):
-        for label, weighting in (("", 0.0), (", 1/sqrt(pi)", 0.5), (", 1/pi", 1.0)):
-            runs[name + label] = solve(name, args.m, args.steps, weighting)
+def reweighted(m, steps):
+    runs = {name + label: solve(name, m, steps, weighting)
+            for name in ("GD", "GD, momentum", "Adam, beta1 = 0", "Adam", "clipped SGD")
+            for label, weighting in (("", 0.0), (", 1/sqrt(pi)", 0.5), (", 1/pi", 1.0))}
     shown = ("GD", "GD, 1/sqrt(pi)", "GD, 1/pi", "Adam", "Adam, 1/sqrt(pi)", "Adam, 1/pi")
     caption = (
         "Where it says so, samples are weighted by the frequency pi of their class; the losses "
         "shown are unweighted. Kunstner et al. 2024: 1/sqrt(pi) always helps GD, 1/pi sometimes.")
-    return softmax_page("Softmax regression with reweighted losses", caption, args.m, runs, shown)
+    return softmax_page("Softmax regression with reweighted losses", caption, m, runs, shown)
 
 
 def class_curvature(problem, sign=1):
@@ -291,7 +287,7 @@ def class_curvature(problem, sign=1):
     X = problem.X
     with torch.no_grad():
         p = (sign * problem.net(X)).softmax(1)
-    gradient = (p - F.one_hot(problem.labels)).T @ X / len(X)
+    gradient = (p - nn.functional.one_hot(problem.labels)).T @ X / len(X)
     squares = X.square().sum(1)
     blocks = (-(p.T * squares) @ p).diagonal_scatter((p * (1 - p)).T @ squares) / len(X)
     return gradient.norm(dim=1).cpu(), blocks.cpu()
@@ -302,30 +298,30 @@ def correlation(x, y, weights=None):
     return xy / math.sqrt(xx * yy)
 
 
-def hessian(args):
-    group = softmax_data(args.m)[2].cpu()
+def hessian(m, steps):
+    group = softmax_data(m)[2].cpu()
     equal_groups = 1 / group.bincount().double()[group]
     some = torch.linspace(0, len(group) - 1, 40).round().long().unique()  # classes
     diagonal = torch.eye(len(some), dtype=torch.bool)
     rows, dots = [], {}
     for name in ("Adam", "GD"):
-        step_size = solve(name, args.m, args.steps)[0]
-        for t in (0, 1, 5, 10, 50, 100):
-            problem = softmax_problem(args.m)
-            train(problem, name, step_size, t)
-            row = {"path": name, "step size": step_size, "t": t}
-            for at, sign in (("W", 1), ("-W", -1)):
-                norms, blocks = class_curvature(problem, sign)
-                x, y = norms.log(), blocks.diagonal().log()
-                row[f"log correlation at {at}, groups alike"] = correlation(x, y, equal_groups)
-                row[f"rank correlation at {at}, classes alike"] = correlation(
-                    x.argsort().argsort(), y.argsort().argsort())
-            norms, blocks = class_curvature(problem)
-            if t in (0, 10, 100):
-                dots[f"{name}, t = {t}"] = norms, blocks.diagonal()
-            blocks = blocks[some][:, some].abs()
-            ratio = blocks[diagonal].median() / blocks[~diagonal].median()
-            rows.append({**row, "diagonal / off-diagonal blocks": round(ratio.item())})
+        step_size = solve(name, m, steps)[0]
+        problem = softmax_problem(m)
+        for t, _ in zip(range(101), descend(problem, name, step_size)):
+            if t in (0, 1, 5, 10, 50, 100):
+                row = {"path": name, "step size": step_size, "t": t}
+                for at, sign in (("W", 1), ("-W", -1)):
+                    norms, blocks = class_curvature(problem, sign)
+                    x, y = norms.log(), blocks.diagonal().log()
+                    row[f"log correlation at {at}, groups alike"] = correlation(x, y, equal_groups)
+                    row[f"rank correlation at {at}, classes alike"] = correlation(
+                        x.argsort().argsort(), y.argsort().argsort())
+                norms, blocks = class_curvature(problem)
+                if t in (0, 10, 100):
+                    dots[f"{name}, t = {t}"] = norms, blocks.diagonal()
+                blocks = blocks[some][:, some].abs()
+                ratio = blocks[diagonal].median() / blocks[~diagonal].median()
+                rows.append({**row, "diagonal / off-diagonal blocks": round(ratio.item())})
 
     def draw(axes):
         for ax, (title, (x, y)) in zip(axes.flat, dots.items()):
@@ -338,9 +334,9 @@ def hessian(args):
         points.figure.colorbar(points, ax=axes, label="group of classes, 0 the most frequent")
 
     caption = (
-        f"Gradient against Hessian of each class, softmax regression, m = {args.m}, along one run "
-        "each. Kunstner et al. 2024: unrelated at the start, strongly correlated later, negatively "
-        "at -W. The correlation of the logs gives all groups of classes the same weight [ours]. "
+        f"Gradient against Hessian of each class, softmax regression, m = {m}, along one run each. "
+        "Kunstner et al. 2024: unrelated at the start, strongly correlated later, negatively at "
+        "-W. The correlation of the logs gives all groups of classes the same weight [ours]. "
         f"Blocks: median trace on the diagonal over the median size off it, {len(some)} classes. "
         "GD oscillates, which amplifies rounding errors: its later numbers change with the "
         "processor.")
@@ -350,8 +346,7 @@ def hessian(args):
 # ---- barcoded MNIST ----
 
 def read_mnist(folder):
-    """Images uint8 [n, 28, 28] and labels uint8 [n] of MNIST's training set, in gzip'd IDX files.
-    UserError names a bad file."""
+    """Images uint8 [n, 28, 28] and labels uint8 [n] of MNIST's training set, gzip'd IDX files."""
     arrays = []
     for name, ndim in (("images-idx3", 3), ("labels-idx1", 1)):
         path = Path(folder) / f"train-{name}-ubyte.gz"
@@ -403,13 +398,12 @@ def mnist_problem(images, classes, chunk=100 if DEVICE == "cpu" else 10_000):
     return Problem(net, X, labels, group, chunk=chunk)
 
 
-def mnist(args):
-    images, classes = barcoded(*read_mnist(args.data), args.bits)
-    make = partial(mnist_problem, images, classes)
-    runs = {name: tune(make, name, start, args.steps or 300)
+def mnist(bits, steps, data):
+    images, classes = barcoded(*read_mnist(data), bits)
+    runs = {name: tune(partial(mnist_problem, images, classes), name, start, steps)
             for name, (*_, start) in OPTIMIZERS.items() if start}
     caption = (
-        f"Barcoded MNIST, {args.bits} bits: {len(images):,} images of {classes.max() + 1:,} "
+        f"Barcoded MNIST, {bits} bits: {len(images):,} images of {classes.max() + 1:,} "
         "classes, a CNN. Kunstner et al. 2024 (10 bits): GD does not learn the rare classes, sign "
         "descent and Adam do. Clipped SGD (SGD-LL) is not in that paper.")
     shown = ("GD", "GD, momentum", "normalized GD", "sign descent", "Adam", "clipped SGD")
@@ -417,7 +411,12 @@ def mnist(args):
                           {"ten digits": 0, "barcoded classes": 1}, shown)
 
 
-EXPERIMENTS = {f.__name__: f for f in (quadratic, rates, softmax, hessian, reweighted, mnist)}
+# each with the settings it has and their defaults; other values are in the page's name
+EXPERIMENTS = {
+    "quadratic": partial(quadratic, steps=200), "rates": partial(rates),
+    "softmax": partial(softmax, m=7, steps=200), "hessian": partial(hessian, m=7, steps=200),
+    "reweighted": partial(reweighted, m=7, steps=200),
+    "mnist": partial(mnist, bits=4, steps=300, data=Path("data/mnist"))}
 
 
 def main():
@@ -425,31 +424,32 @@ def main():
         description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="default: all but mnist")
-    parser.add_argument("--m", type=int, default=7, choices=range(3, 13), help="groups [7]")
-    parser.add_argument("--bits", type=int, default=4, choices=range(1, 11), help="of barcodes [4]")
+    parser.add_argument("--m", type=int, choices=range(3, 13), help="groups [7]")
+    parser.add_argument("--bits", type=int, choices=range(1, 11), help="of barcodes [4]")
     parser.add_argument("--steps", type=int, help="[200, mnist 300]")
-    parser.add_argument("--data", default="data/mnist", help="MNIST's folder [data/mnist]")
-    args = parser.parse_args()
-    for name in set(args.names) - set(EXPERIMENTS):
+    parser.add_argument("--data", type=Path, help="MNIST's folder [data/mnist]")
+    given = {k: v for k, v in vars(parser.parse_args()).items() if v is not None}
+    names = given.pop("names") or [name for name in EXPERIMENTS if name != "mnist"]
+    for name in set(names) - set(EXPERIMENTS):
         parser.error(f"no experiment {name}: choose from {', '.join(EXPERIMENTS)}")
-    if args.steps is not None and args.steps < 1:
+    for key in given:
+        if without := [name for name in names if key not in EXPERIMENTS[name].keywords]:
+            parser.error(f"--{key} does nothing for {', '.join(without)}")
+    if given.get("steps", 1) < 1:
         parser.error("--steps must be at least 1")
     torch.set_flush_denormal(True)  # probabilities below 1e-38 are slow, and nothing here
-
-    # options that change the result are in the page's name
-    changed = [f"{key}={value}" for key, value in vars(args).items()
-               if key in ("m", "bits", "steps") and value != parser.get_default(key)]
-    for name in args.names or ("quadratic", "rates", "softmax", "hessian", "reweighted"):
+    for name in names:
         began = time.perf_counter()
         try:
-            result = EXPERIMENTS[name](args)
+            result = EXPERIMENTS[name](**given)
         except UserError as e:
-            sys.exit(f"{name}: {e}")
+            parser.exit(1, f"{name}: {e}\n")
         source = (f"{hardware(DEVICE)}; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}; "
                   f"{time.perf_counter() - began:.0f} s")
-        command = " --".join([f"python -m experiments.heavy_tails {name}", *changed])
-        stem = "-".join([name, *changed]).replace("=", "")
-        write_page(Path("results/toy") / stem, result, result.caption, source, command)
+        changed = [f"{k}={v}" for k, v in given.items() if v != EXPERIMENTS[name].keywords[k]]
+        words = ["python", "-m", "experiments.heavy_tails", name, *(f"--{x}" for x in changed)]
+        stem = "-".join([name, *changed]).replace("=", "").replace("/", "-")
+        write_page(Path("results/toy") / stem, result, result.caption, source, shlex.join(words))
 
 
 if __name__ == "__main__":

@@ -180,6 +180,8 @@ def execute(run, nproc, show):
 
 def start(run, nproc):
     """Run it, with its output on stdout. If it fails, FAILED says why."""
+    if STOPPING.is_set():
+        return
     number, reason, status = f"[{next(NUMBERS)}]", "see its output", Busy.status
 
     def show(line):
@@ -190,7 +192,7 @@ def start(run, nproc):
 
     seed = run.settings["seed"]
     print(f"{number} {run.label}, {run.settings_text}, seed {seed}", flush=True)
-    while status == Busy.status and not STOPPING.wait(timeout=0):
+    while status == Busy.status and not STOPPING.is_set():
         status = execute(run, nproc, show)
         if status == Busy.status:  # another table runs it
             STOPPING.wait(timeout=5)

@@ -15,7 +15,7 @@ import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-TINY = {"batch_size": 8, "steps": 12, "eval_every": 6, "eval_tokens": 500, "log_every": 3, "save_every": 4, "compile": "false"}
+TINY = {"batch_size": 8, "steps": 12, "eval_every": 6, "eval_tokens": 500, "log_every": 3, "save_every": 4, "compile": "false", "dtype": "float32"}
 
 
 def documents(n=400, seed=0):

@@ -1,7 +1,7 @@
 import gzip
 import json
 import math
-from types import SimpleNamespace
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from conftest import experiment, one_line
 from experiments import heavy_tails
-from experiments.sweep import LR_GRID, next_above, next_below, write_page
+from experiments.sweep import LR_GRID, next_above, next_below
 from loader import UserError
 
 
@@ -95,14 +95,14 @@ def test_clipped_sgd_takes_steps_of_its_step_size_and_clips_the_output_layers_ro
 
 
 def test_the_quadratic_follows_its_closed_form():
-    for row in heavy_tails.quadratic(None).rows:
+    for row in heavy_tails.quadratic(steps=200).rows:
         assert row["GD: w_k"] == pytest.approx(row["GD: (1 - lr pi_k)^t"], abs=1e-12)
         # 200 steps of 1 / 200 from 1
         assert row["sign descent: abs(w_k)"] == pytest.approx(0, abs=1 / 200 + 1e-9)
 
 
 def test_the_rates_are_those_of_the_theory():
-    rows = heavy_tails.rates(None).rows
+    rows = heavy_tails.rates().rows
     assert all(row["GD: loss x pi_k t at the end"] == pytest.approx(1, abs=0.1) for row in rows)
     constants = [value for row in rows for key, value in row.items() if key.startswith("sign")]
     assert len(constants) == 5 and len({round(c, 2) for c in constants}) == 1
@@ -153,8 +153,40 @@ def test_the_pages_of_a_small_size(tmp_path):
         assert page["command"] in stem.with_suffix(".md").read_text()
 
 
+def main(monkeypatch, *words):
+    """As `python -m experiments.heavy_tails WORDS` in this folder, without another process."""
+    monkeypatch.setattr(sys, "argv", ["heavy_tails.py", *words])
+    heavy_tails.main()
+
+
+@pytest.mark.parametrize("steps, stem", [(200, "quadratic"), (10, "quadratic-steps10")])
+def test_a_page_is_named_by_the_settings_that_are_not_the_default(
+        tmp_path, monkeypatch, steps, stem):
+    monkeypatch.chdir(tmp_path)
+    main(monkeypatch, "quadratic", f"--steps={steps}")
+    path, = (tmp_path / "results" / "toy").glob("*.json")
+    page = json.loads(path.read_text())
+    words = "quadratic" if steps == 200 else "quadratic --steps=10"
+    assert page["command"] == f"python -m experiments.heavy_tails {words}"
+    assert path.stem == stem and page["rows"][-1]["GD: w_k"] == pytest.approx(0.999**steps)
+
+
+@pytest.mark.parametrize("words, message", [
+    ("quadratic --m=7", "--m does nothing for quadratic"),
+    ("softmax quadratic rates --m=8", "--m does nothing for quadratic, rates"),
+    ("rates --steps=10", "--steps does nothing for rates"),
+    ("softmax --bits=4", "--bits does nothing for softmax"),
+    ("hessian --data=data/mnist", "--data does nothing for hessian"),
+    ("mnist --m=7", "--m does nothing for mnist")])
+def test_a_setting_that_does_nothing_is_refused(monkeypatch, capsys, words, message):
+    with pytest.raises(SystemExit, match="2"):
+        main(monkeypatch, *words.split())
+    assert capsys.readouterr().err == f"heavy_tails.py: error: {message}\n"
+
+
 @pytest.mark.parametrize("words, expected", [
-    (["softmin"], ["softmin", "choose from quadratic"]), (["--steps=0"], ["--steps"])])
+    (["softmin"], ["softmin", "choose from quadratic"]), (["quadratic", "--steps=0"], ["--steps"]),
+    (["--bits=3"], ["--bits does nothing for quadratic, rates, softmax, hessian, reweighted"])])
 def test_bad_options_are_one_line(tmp_path, words, expected):
     done = experiment("heavy_tails", *words, cwd=tmp_path)
     one_line(done, *expected)
@@ -211,16 +243,24 @@ def test_gradients_of_the_cnn_in_chunks_are_those_of_the_mean_loss(folder):
     assert rare.float().mean() == 0.5 and losses.shape == (200,)
 
 
-def test_the_page_of_barcoded_mnist(folder, tmp_path, monkeypatch):
-    few = {name: x for name, x in heavy_tails.OPTIMIZERS.items()
-           if "momentum" not in name and "beta1" not in name}
+@pytest.mark.parametrize("data", ["data/mnist", "my/mnist b"])
+def test_the_page_of_barcoded_mnist(folder, tmp_path, monkeypatch, data):
+    few = {name: heavy_tails.OPTIMIZERS[name] for name in ("normalized GD", "Adam", "clipped SGD")}
     monkeypatch.setattr(heavy_tails, "OPTIMIZERS", few)
-    # no bits: each digit once more
-    page = heavy_tails.mnist(SimpleNamespace(data=folder, bits=0, steps=1))
-    write_page(tmp_path / "mnist", page, page.caption, "here", "test")
-    assert (tmp_path / "mnist.png").read_bytes().startswith(b"\x89PNG")
-    assert "100 images of 20 classes" in page.caption
-    assert len(page.rows) == 5 and all(row["loss"] < math.log(20) + 1 for row in page.rows)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / data).parent.mkdir()
+    (tmp_path / data).symlink_to(folder)
+    main(monkeypatch, "mnist", f"--data={data}", "--bits=1", "--steps=1")
+    picture, = (tmp_path / "results" / "toy").glob("*.png")
+    # another folder is in the name and in the command
+    other = data != "data/mnist"
+    assert picture.stem == "mnist-bits1-steps1" + "-datamy-mnist b" * other
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    text = picture.with_suffix(".md").read_text()
+    assert "mnist --bits=1 --steps=1" + " '--data=my/mnist b'" * other + "`" in text
+    assert "200 images of 30 classes" in text
+    rows = json.loads(picture.with_suffix(".json").read_text())["rows"]
+    assert len(rows) == 3 and all(row["loss"] < math.log(30) + 1 for row in rows)
 
 
 def test_bad_files_are_named(folder, tmp_path):

@@ -165,6 +165,23 @@ def test_the_embedded_corpus_is_the_same_twice(tmp_path):
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
 
 
+def test_the_library_of_another_python_is_used_once_complete(tmp_path):
+    words = ("python", f"--out={tmp_path}", "--max_chars=400000", "--tokenizer=train:600",
+             "--val_fraction=0.3")
+    assert prepare(*words).returncode == 0
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    here, meta["settings"]["python"] = meta["settings"]["python"], "3.11.0"
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    whole = digest(tmp_path)
+    done = prepare(*words)
+    assert done.returncode == 0 and done.stdout == (
+        f"{tmp_path} is ready; its text is the library of Python 3.11.0, this is {here}\n")
+    one_line(prepare(*words, "--seq_len=64"), "other settings", "--out")
+    assert digest(tmp_path) == whole
+    (tmp_path / "meta.json").write_text(json.dumps({**meta, "complete": False}))
+    one_line(prepare(*words), "other settings", "--out")
+
+
 @pytest.mark.parametrize("layout", ["stream", "rows"])
 def test_gpt2_gets_a_piece_for_padding_if_needed(tmp_path, text, layout, module, monkeypatch):
     encoding = tiktoken.Encoding(  # GPT-2's form, without its 50,000 merges

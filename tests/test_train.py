@@ -26,6 +26,14 @@ def here(**changes):
     train.train(train.parse(settings(**changes)))
 
 
+def main(*words):
+    """The exit status of the command line, run in this very process."""
+    try:
+        return train.main(words)
+    except SystemExit as e:
+        return e.code
+
+
 @pytest.fixture(scope="session")
 def whole(stream, tmp_path_factory):
     """A run that nothing interrupted."""
@@ -118,7 +126,7 @@ def init(**words):
     runs.append((words, Run()))
     return runs[-1][1]
 """)
-    refuse(capsys, monkeypatch, "--wandb", "pip install", data=stream, out=tmp_path / "run", wandb="p")
+    refuse(capsys, "--wandb", "pip install", data=stream, out=tmp_path / "run", wandb="p")
     monkeypatch.syspath_prepend(tmp_path)
     here(data=stream, out=tmp_path / "run", wandb="p")
     words, lines = sys.modules["wandb"].runs[0]
@@ -324,87 +332,81 @@ def test_a_full_disk_keeps_the_old_checkpoint(stream, tmp_path):
     (["--optimizer=sgd"], ["--lr is missing"]), (["--seed=36893488147419103232"], ["--seed"]),
     (["--batch_size=8", "--micro_batch=3"], ["--micro_batch=3", "8"]), (["--batch_size=100000"], ["100000"]),
     (["--device=cuda"], ["--device", "cpu"])])
-def test_bad_settings(words, expected, stream, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train.py", *settings(data=stream, out=tmp_path / "run"), *words])
-    with pytest.raises(SystemExit) as e:
-        train.main()
+def test_bad_settings(words, expected, stream, tmp_path, capsys):
+    status = main(*settings(data=stream, out=tmp_path / "run"), *words)
     err = capsys.readouterr().err.strip()
-    assert e.value.code in (1, 2) and len(err.splitlines()) == 1 and all(word in err for word in expected), err
+    assert status in (1, 2) and len(err.splitlines()) == 1 and all(word in err for word in expected), err
     assert not (tmp_path / "run").exists()
 
 
-def refuse(capsys, monkeypatch, *expected, **changes):
-    monkeypatch.setattr(sys, "argv", ["train.py", *settings(**changes)])
-    with pytest.raises(SystemExit) as e:
-        train.main()
+def refuse(capsys, *expected, **changes):
+    status = main(*settings(**changes))
     err = capsys.readouterr().err.strip()
-    assert e.value.code and len(err.splitlines()) == 1 and all(str(word) in err for word in expected), err
+    assert status and len(err.splitlines()) == 1 and all(str(word) in err for word in expected), err
 
 
-def test_bad_data(stream, tmp_path, capsys, monkeypatch):
-    refuse(capsys, monkeypatch, "none", "data/prepare.py", data=tmp_path / "none", out=tmp_path / "run")
+def test_bad_data(stream, tmp_path, capsys):
+    refuse(capsys, "none", "data/prepare.py", data=tmp_path / "none", out=tmp_path / "run")
     data = shutil.copytree(stream, tmp_path / "data")
     shard = data / "train_000000.bin"
     good = shard.read_bytes()
     for bad, word in ((good[:-1], "truncated"), (b"", "header"), (b"\0" * len(good), "magic"), (good[:1024] + b"\xff" * (len(good) - 1024), "vocab_size")):
         shard.write_bytes(bad)
-        refuse(capsys, monkeypatch, shard, word, data=data, out=tmp_path / word)
+        refuse(capsys, shard, word, data=data, out=tmp_path / word)
     shard.write_bytes(good)
     for bad in (b"", b"12", good):
         (data / "token_counts.npy").write_bytes(bad)
-        refuse(capsys, monkeypatch, "token_counts.npy", "500", data=data, out=tmp_path / "run")
+        refuse(capsys, "token_counts.npy", "500", data=data, out=tmp_path / "run")
     (data / "meta.json").write_text("{")
-    refuse(capsys, monkeypatch, "meta.json", "broken", data=data, out=tmp_path / "run")
+    refuse(capsys, "meta.json", "broken", data=data, out=tmp_path / "run")
     (data / "meta.json").unlink()
-    refuse(capsys, monkeypatch, "meta.json", "missing", data=data, out=tmp_path / "run")
+    refuse(capsys, "meta.json", "missing", data=data, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_another_runs_folder_is_refused_and_not_touched(whole, stream, rows, tmp_path, capsys, monkeypatch):
+def test_another_runs_folder_is_refused_and_not_touched(whole, stream, rows, tmp_path, capsys):
     before = {p.name: p.read_bytes() for p in whole.iterdir()}
-    refuse(capsys, monkeypatch, whole, "lr=100.0 (now 30.0)", data=stream, out=whole, lr=30)
-    refuse(capsys, monkeypatch, whole, "seed=42 (now 1)", data=stream, out=whole, seed=1)
-    refuse(capsys, monkeypatch, whole, "data_sha256", data=rows, out=whole)
+    refuse(capsys, whole, "lr=100.0 (now 30.0)", data=stream, out=whole, lr=30)
+    refuse(capsys, whole, "seed=42 (now 1)", data=stream, out=whole, seed=1)
+    refuse(capsys, whole, "data_sha256", data=rows, out=whole)
     assert before == {p.name: p.read_bytes() for p in whole.iterdir()}
     (tmp_path / "thesis.txt").write_text("x")
-    refuse(capsys, monkeypatch, tmp_path, "other files", data=stream, out=tmp_path)
+    refuse(capsys, tmp_path, "other files", data=stream, out=tmp_path)
     for out in (tmp_path / "thesis.txt", tmp_path / "thesis.txt" / "run"):
-        refuse(capsys, monkeypatch, out, "choose another", data=stream, out=out)
+        refuse(capsys, out, "choose another", data=stream, out=out)
     for config in ("{", "[1]", '{"architectures": ["LlamaForCausalLM"]}'):
         (tmp_path / "model").mkdir(exist_ok=True)
         (tmp_path / "model" / "config.json").write_text(config)
-        refuse(capsys, monkeypatch, "config.json", "choose another --out", data=stream, out=tmp_path / "model")
+        refuse(capsys, "config.json", "choose another --out", data=stream, out=tmp_path / "model")
 
 
-def test_a_bad_checkpoint_is_refused(whole, stream, tmp_path, capsys, monkeypatch):
+def test_a_bad_checkpoint_is_refused(whole, stream, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(whole, out)
     lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
     (out / "metrics.jsonl").write_text("".join(lines[:3]))
-    refuse(capsys, monkeypatch, "metrics.jsonl is shorter", data=stream, out=out)
+    refuse(capsys, "metrics.jsonl is shorter", data=stream, out=out)
     (out / "metrics.jsonl").write_text("".join(lines[:-1]))  # as if not finished
     good = (out / "ckpt.pt").read_bytes()
     half = len(good) // 2
     for bad in (good[:half], b"", b"not a checkpoint", good[:half] + bytes([good[half] ^ 1]) + good[half + 1:]):
         (out / "ckpt.pt").write_bytes(bad)
-        refuse(capsys, monkeypatch, "ckpt.pt", "damaged", data=stream, out=out)
+        refuse(capsys, "ckpt.pt", "damaged", data=stream, out=out)
         assert (out / "ckpt.pt").read_bytes() == bad
     torch.save({"weights": torch.zeros(3)}, out / "ckpt.pt")
-    refuse(capsys, monkeypatch, "ckpt.pt", "not of a run of train.py", data=stream, out=out)
+    refuse(capsys, "ckpt.pt", "not of a run of train.py", data=stream, out=out)
     state = torch.load(whole / "ckpt.pt", weights_only=True)
     torch.save({**state, "identity": {**state["identity"], "lr": 5.0}}, out / "ckpt.pt")
-    refuse(capsys, monkeypatch, "ckpt.pt", "lr=5.0", data=stream, out=out)
+    refuse(capsys, "ckpt.pt", "lr=5.0", data=stream, out=out)
 
 
 def test_a_world_that_does_not_divide_the_batch(stream, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun does
     words = dict(data=stream, out=tmp_path / "run")
-    refuse(capsys, monkeypatch, "--batch_size=9: it does not divide among 2 processes", batch_size=9, **words)
-    refuse(capsys, monkeypatch, "--micro_batch=8: it does not divide the 4 sequences", batch_size=8, micro_batch=8, **words)
+    refuse(capsys, "--batch_size=9: it does not divide among 2 processes", batch_size=9, **words)
+    refuse(capsys, "--micro_batch=8: it does not divide the 4 sequences", batch_size=8, micro_batch=8, **words)
     monkeypatch.setenv("RANK", "1")  # the others are silent
-    monkeypatch.setattr(sys, "argv", ["train.py", *settings(batch_size=9, **words)])
-    with pytest.raises(SystemExit):
-        train.main()
+    assert main(*settings(batch_size=9, **words))
     assert not capsys.readouterr().err
 
 
