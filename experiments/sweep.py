@@ -47,17 +47,20 @@ def code_hash():
 
 
 class Run:
-    """One run of train.py; `axes` are the settings that a search may change. read() sets `final`
-    (the last line of the metrics, or None), `evals` (its evaluations) and `loss` (the final
-    validation loss in nats per token, infinite if the run diverged or failed)."""
+    """One run of train.py, whose errors in the settings end the program; `axes` are the settings
+    that a search may change. read() sets `final` (the last line of the metrics, or None), `evals`
+    (its evaluations) and `loss` (the final validation loss in nats per token, infinite if the run
+    diverged or failed)."""
 
     def __init__(self, label, settings, axes=("lr",)):
         self.label, self.settings, self.axes = label, settings, axes
         self.lr = settings["lr"]
-        key = json.dumps([{**asdict(train.Settings()), **settings}, fingerprint(settings["data"]),
-                          code_hash(), THREADS], sort_keys=True)
-        name = "-".join(str(settings[k]) for k in ("model", "optimizer", "lr", "seed"))
+        self.words = [f"--{k}={'none' if v is None else v}" for k, v in settings.items()]
+        every = asdict(train.parse([*self.words, "--out=runs"]))
+        key = json.dumps([every, fingerprint(every["data"]), code_hash(), THREADS])
+        name = "-".join(str(every[k]) for k in ("model", "optimizer", "lr", "seed"))
         self.out = Path("runs") / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+        self.words.append(f"--out={self.out}")
 
     def lines(self, *words):
         """The lines of metrics.jsonl in which one of these words stands, one after the other."""
@@ -94,12 +97,6 @@ class Run:
         elif not self.final:
             self.outcome = f"failed: {FAILED.get(self.out)}"
         return self.final is not None
-
-    @property
-    def words(self):
-        """Its settings as train.py takes them."""
-        settings = {**self.settings, "out": self.out}
-        return [f"--{k}={'none' if v is None else v}" for k, v in settings.items()]
 
     @property
     def settings_text(self):
@@ -199,21 +196,19 @@ def start(run, nproc):
     if (status or not run.read()) and not STOPPING.is_set():
         FAILED[run.out] = f"{reason} (exit status {status})"
         print(f"   {number} FAILED: {FAILED[run.out]}", file=sys.stderr)
-    if status == 2:  # settings that train.py refuses
-        stop_all()
 
 
-def stop_all(signal_number=None, frame=None):
+def stop_all(signal_number, frame):
     """Let the runs save, and leave. Ctrl-C reaches them without this, SIGTERM does not."""
     STOPPING.set()
     for process in PROCESSES if signal_number != signal.SIGINT else []:
         process.terminate()
-    sys.exit(130 if signal_number else 2)
+    sys.exit(130)
 
 
 def run_all(runs, args):
     """Run what has not run yet in args.pool, or with args.dry print the commands. A failed run
-    stops nothing; settings that train.py refuses (exit status 2) stop everything."""
+    stops nothing."""
     todo = {run.out: run for run in runs if not run.read() and run.out not in FAILED}
     for out, run in todo.items():
         if args.dry:
@@ -254,19 +249,12 @@ def next_above(grid, value):
     return min((x for x in grid if x > 1.01 * value), default=None)
 
 
-def lower_until_stable(make_runs, runs, args):
-    """While one of `runs`, all at one learning rate, diverges: those of make_runs(lr=...) at the
-    next lower one of the grid. Returns the list of runs of each learning rate, `runs` first."""
-    levels, lr = [runs], runs[0].lr
-    while any(run.diverged for run in levels[-1]) and (lr := next_below(LR_GRID, lr)):
-        levels.append(run_all(make_runs(lr=lr), args))
-    return levels
-
-
 def stable_start(make, args):
-    """make(), and if it diverges the runs at lower learning rates, until one does not."""
-    first = run_all([make()], args)
-    return sum(lower_until_stable(lambda **lr: [make(**lr)], first, args), [])
+    """make(), and while that diverges make(lr=...) at the next lower learning rate: the runs."""
+    tried = run_all([make()], args)
+    while tried[-1].diverged and (lr := next_below(LR_GRID, tried[-1].lr)):
+        tried += run_all([make(lr=lr)], args)
+    return tried
 
 
 def coordinate_search(make, axes, args, against=()):

@@ -164,10 +164,14 @@ def test_two_tables_at_once_finish_both(stream, tmp_path):
 
 
 def test_settings_that_train_refuses_stop_everything(stream, tmp_path):
-    done = experiment("adam_sgd_gap", "lr", f"--data={stream}", *settings(steps=-1), cwd=tmp_path)
-    assert done.returncode == 2 and "train.py: --steps=-1" in done.stdout
-    assert "[1]" in done.stdout and "[2]" not in done.stdout
-    assert not (tmp_path / "results").exists()
+    for name, *words, expected in (
+            ("lr", f"--data={stream}", *settings(steps=-1), "--steps=-1: it must be above 0"),
+            ("gap", "--momentum=0.5", "--momentum=0.5: it does nothing for adamw"),
+            ("cost", "--model=7b", "--model=7b: choose from micro"),
+            ("cost", "--micro_batch=abc", "--micro_batch: invalid whole number value: 'abc'")):
+        done = experiment("adam_sgd_gap", name, *words, cwd=tmp_path)
+        one_line(done, expected)
+        assert done.returncode == 2 and not done.stdout and not list(tmp_path.iterdir())
 
 
 def test_told_to_stop_its_runs_save(stream, tmp_path):
