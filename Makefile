@@ -5,12 +5,14 @@ DATA ?= $(if $(filter nano,$(SCALE)),data/python,data/c4)
 PY := .venv/bin/python
 READY := .venv/installed $(if $(DRY),,$(DATA))
 OPTIONS := --scale=$(SCALE) --data=$(DATA) $(if $(SEEDS),--seeds=$(SEEDS)) \
-	$(if $(NPROC),--nproc=$(NPROC)) $(if $(JOBS),--jobs=$(JOBS)) $(if $(DRY),--dry) $(FLAGS)
+	$(if $(NPROC),--nproc=$(NPROC)) $(if $(JOBS),--jobs=$(JOBS)) $(if $(DRY),--dry) \
+	$(if $(TUNE),--tune) $(FLAGS)
 
 help:  ## this list
 	@echo "Targets (times: two CPU cores). Variables: SCALE=60m and so on, DATA=data directory,"
 	@echo "SEEDS=runs of each final setting, NPROC=processes per run, JOBS=runs at a time,"
-	@echo "FLAGS=settings of train.py for all runs, DRY=1 to print the commands, PYTHON=interpreter."
+	@echo "FLAGS=settings of train.py for all runs, DRY=1 to print the commands, TUNE=1 to search"
+	@echo "at a scale beyond nano, PYTHON=interpreter."
 	@awk -F ':.*## ' '/^[a-z\/]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## Adam, SGD with momentum and clipped SGD: a table and a picture in ten minutes
@@ -29,10 +31,15 @@ thresholds: $(READY)  ## how the best clips move with width, batch size and step
 
 frequency: $(READY)  ## the loss of frequent and rare tokens along training; shares gap's runs
 
-cost: .venv/installed  ## parameters, FLOPs, memory and hours of one run of SCALE; runs nothing
-
-demo gap lr ablation batch dynamics thresholds frequency cost:
+demo gap lr ablation batch dynamics thresholds frequency:
 	$(PY) -m experiments.adam_sgd_gap $@ $(OPTIONS)
+
+paper: $(READY)  ## at SCALE the paper's comparison at stated settings, no search: three runs
+	$(PY) -m experiments.paper $(OPTIONS)
+
+cost: .venv/installed  ## of TARGET at SCALE: runs, hours, memory, disk, files; runs nothing
+	$(PY) -m experiments.paper cost --scale=$(SCALE) --data=$(DATA) \
+		$(if $(TARGET),--target=$(TARGET)) $(FLAGS)
 
 spikes: $(READY)  ## Spike No More's variants over learning rates: loss and spikes; half an hour
 	$(PY) -m experiments.spikes $(OPTIONS)
@@ -76,5 +83,5 @@ data/c4:
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.PHONY: help demo gap lr ablation batch dynamics thresholds frequency spikes cost toy mnist report \
+.PHONY: help demo gap lr ablation batch dynamics thresholds frequency spikes paper cost toy mnist report \
 	bench drill test test-runs test-rest data/python

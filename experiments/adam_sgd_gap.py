@@ -29,7 +29,7 @@ from experiments.sweep import (
     rerun_with_new_seeds, run_all, save_results, stop_all)
 from loader import UserError, read_meta, token_counts
 from metrics import frequency_groups
-from model import SIZES, Config
+from model import SIZES
 
 SEED = 42  # of searches; final runs have others
 SETTINGS = {field.name for field in fields(train.Settings)}
@@ -146,6 +146,11 @@ def batch_sizes(args):
     size = s["batch_size"]
     return [resized(s, args, n, size * s["steps"] // max(1, n))
             for n in (size // 16, size // 4, size, 4 * size)]
+
+
+def state_bytes(s):
+    """Bytes of optimizer state per parameter: Adam has two fp32 averages, momentum is one."""
+    return {"adamw": 8, "sgd": 4, "clipped_sgd": 4}[s["optimizer"]] if s.get("momentum", 1) else 0
 
 
 def clip_shares(run):
@@ -434,15 +439,15 @@ def thresholds(args):
 
 def frequency(args):
     """Figure 1 of Kunstner et al. 2024, with clipped SGD as one more optimizer; gap's runs."""
-    counts = token_counts(args.data, data_shape(args)[0])
-    if counts is None and not args.dry:
+    names = ("Adam", "SGD with momentum", "clipped SGD")
+    if not args.dry and not Path(args.data, "token_counts.npy").exists():
         raise UserError(f"{args.data}/token_counts.npy is missing: restore it, or prepare the data "
                         "again with data/prepare.py into another folder")
-    names = ("Adam", "SGD with momentum", "clipped SGD")
     final = {name: runs for name, (*_, runs)
              in zip(names, concurrently(final_runs, names, args))}
     if args.dry:
         return None
+    counts = token_counts(args.data, read_meta(args.data)["vocab_size"])
     rows, losses = [], {}
     for name, runs in final.items():
         for adam, run in zip(final["Adam"], runs):
@@ -481,121 +486,65 @@ def frequency(args):
         "dark) to rare (10, pale).", draw, (1, 3))
 
 
-# ---- before anything is run ----
-
-def data_shape(args):
-    """Vocabulary and sequence length of the data, or of the paper's if it is not there yet."""
-    if not Path(args.data).is_dir():
-        return 32000, 256
-    meta = read_meta(args.data)
-    return meta["vocab_size"], meta["seq_len"]
-
-
-def state_bytes(s):
-    """Bytes of optimizer state per parameter: Adam has two fp32 averages, momentum is one."""
-    return {"adamw": 8, "sgd": 4, "clipped_sgd": 4}[s["optimizer"]] if s.get("momentum", 1) else 0
-
-
-def memory(s, vocab, seq_len):
-    """GiB per GPU under bf16 autocast, by part (ours).
-
-    Each layer keeps 7 x hidden + 3 x ffn activations per token, and the logits of a micro-batch
-    come with their gradient. The weights are copied in bf16 for the products, and in fp32 for the
-    diagnostics.
-    """
-    config = Config.named(s["model"], vocab)
-    tokens = (s.get("micro_batch") or s["batch_size"]) * seq_len
-    parts = {"weights": 4 * config.parameters, "gradients": 4 * config.parameters,
-             "optimizer state": state_bytes(s) * config.parameters,
-             "copies of the weights": 6 * config.parameters,
-             "activations": 2 * tokens * config.layers * (7 * config.hidden + 3 * config.ffn),
-             "logits": 4 * tokens * vocab}
-    return {part: size / 2**30 for part, size in parts.items()}
-
-
-def check_memory(args):
-    """Refuse a scale beyond nano that does not fit on the GPU here."""
-    s = method("Adam", args).settings
-    if args.scale == "nano" or s.get("device") == "cpu":
-        return
-    need = sum(memory(s, *data_shape(args)).values())
-    have = torch.cuda.mem_get_info()[1] / 2**30 if torch.cuda.is_available() else 0
-    if need > have:
-        raise UserError(f"{args.scale} needs about {need:.0f} GiB per GPU at --micro_batch="
-                        f"{s['micro_batch']}, and here are {have:.0f} GiB: lower --micro_batch, "
-                        "print the commands with --dry, or run it with --device=cpu")
-
-
-def cost(args):
-    """Print what one run takes; nothing is run."""
-    vocab, seq_len = data_shape(args)
-    s = method("Adam", args).settings
-    config, tokens = Config.named(s["model"], vocab), s["steps"] * s["batch_size"] * seq_len
-    per_token = config.flops_per_token(seq_len)
-    hours = tokens * per_token / (args.gpus * args.peak * args.mfu) / 3600
-    lines = [("parameters", f"{config.parameters:,}"),
-             ("tokens", f"{tokens:,} ({s['steps']} x {s['batch_size']} x {seq_len})"),
-             ("FLOPs", f"{tokens * per_token:.3g} ({per_token:.3g} per token)"),
-             (f"hours on {args.gpus} x {args.peak:.3g} FLOP/s at {args.mfu:.0%}", f"{hours:,.2f}")]
-    for name in ("Adam", "clipped SGD"):
-        parts = memory(method(name, args).settings, vocab, seq_len)
-        sizes = ", ".join(f"{part} {size:.2f}" for part, size in parts.items())
-        lines.append((f"GiB per GPU, {name}", f"{sum(parts.values()):.2f} ({sizes})"))
-    print(markdown_table((f"one run of {args.scale}", ""), lines))
-
+# ---- the command line ----
 
 EXPERIMENTS = {f.__name__: f for f in (demo, gap, lr, ablation, batch, dynamics, thresholds,
-                                       frequency, cost)}
+                                       frequency)}
+SEEDED = ("gap", "ablation", "frequency", "spikes", "paper")  # --seeds acts in these
+
+
+def overrides(words, parser):
+    """The settings of train.py for all runs among the words of a command line, as a dict."""
+    found = {}
+    for word in words:
+        name, equals, text = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not equals or name in ("lr", "seed", "out"):
+            parser.error(f"{word}: give settings of train.py as --name=value; lr, seed and out are "
+                         "the experiment's")
+        try:
+            found[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):  # a word
+            found[name] = None if text == "none" else text
+    return found
 
 
 def main(experiments):
     """The command line: one of {name: function}, its options, and settings of train.py."""
     parser = argparse.ArgumentParser(
         allow_abbrev=False, epilog="Any other --name=value is a setting of train.py for all runs.")
-    option = parser.add_argument
+    option, cores = parser.add_argument, min(8, torch.get_num_threads())
     option("name", choices=experiments, nargs="?", default=next(iter(experiments)))
     option("--scale", choices=SCALES, default="nano")
     option("--data", default="data/python", help="data directory, made by data/prepare.py")
-    option("--seeds", type=int, choices=range(1, 11), metavar="N", help="of final runs [3]")
-    option("--nproc", type=int, help="processes per run, by torchrun [1]")
-    option("--jobs", type=int, help="runs at a time [a CPU's cores, at most 8; on a GPU 1]")
-    option("--gpus", type=int, help="how many [8]")
-    option("--peak", type=float, help="their FLOP/s [989e12: H100, dense bf16]")
-    option("--mfu", type=float, help="the share of these that is reached [0.4]")
+    option("--seeds", type=int, choices=range(1, 11), metavar="N",
+           help="of final runs [3, in paper 1]")
+    option("--nproc", type=int, default=1, help="processes per run, by torchrun [1]")
+    option("--jobs", type=int, default=torch.cuda.device_count() or cores,
+           help="runs at a time [one per GPU, or per core of a CPU, at most 8]")
     option("--dry", action="store_true", help="print the commands of the runs that are missing")
+    option("--tune", action="store_true", help="begin a search at a scale beyond nano")
     args, others = parser.parse_known_args()
-    for name, acts in (("seeds", args.name in ("gap", "ablation", "frequency", "spikes")),
-                       *((name, args.name != "cost") for name in ("nproc", "jobs", "dry")),
-                       *((name, args.name == "cost") for name in ("gpus", "peak", "mfu"))):
-        if getattr(args, name) and not acts:
-            parser.error(f"--{name} does nothing in {args.name}: drop it")
-    cores = 1 if torch.cuda.is_available() else min(8, torch.get_num_threads())
-    for name, default in (("seeds", 3), ("nproc", 1), ("jobs", cores), ("gpus", 8),
-                          ("peak", 989e12), ("mfu", 0.4)):
-        value = getattr(args, name)
-        setattr(args, name, default if value is None else value)
-        if getattr(args, name) <= 0:
-            parser.error(f"--{name} must be above 0")
-    args.data, args.override = args.data.rstrip("/"), {}
-    for word in others:
-        name, equals, text = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or not equals or name in ("lr", "seed", "out"):
-            parser.error(f"{word}: give settings of train.py as --name=value; lr, seed and out are "
-                         "the experiment's")
-        try:
-            args.override[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):  # a word
-            args.override[name] = None if text == "none" else text
+    if args.seeds and args.name not in SEEDED:
+        parser.error(f"--seeds does nothing in {args.name}: drop it")
+    if min(args.jobs, args.nproc) < 1:
+        parser.error("--jobs and --nproc start at 1")
+    args.override, args.data = overrides(others, parser), args.data.rstrip("/")
     # what is not the default is in the page's name
     args.suffix = "" if args.data == "data/python" else f"-{Path(args.data).name}"
-    args.suffix += "" if args.seeds == 3 else f"-seeds{args.seeds}"
+    default = 1 if args.name == "paper" else 3
+    args.suffix += "" if args.seeds in (None, default) else f"-seeds{args.seeds}"
+    args.seeds = args.seeds or default
     args.suffix += "".join(f"-{name}{value}" for name, value in args.override.items())
     args.command = f"python -m experiments.{Path(sys.argv[0]).stem} {shlex.join(sys.argv[1:])}"
-
     args.pool = ThreadPoolExecutor(args.jobs)
+
     try:
-        if args.name != "cost" and not args.dry:
-            check_memory(args)
+        if args.scale != "nano" and args.name not in ("demo", "paper") and not (
+                args.dry or args.tune):
+            raise UserError(f"at {args.scale} this is many runs: `make cost TARGET={args.name} "
+                            f"SCALE={args.scale}` says how many and how long, TUNE=1 or --tune "
+                            "begins, `make paper` has three runs")
+        if not args.dry:
             signal.signal(signal.SIGTERM, stop_all)
             signal.signal(signal.SIGINT, stop_all)
         result = experiments[args.name](args)

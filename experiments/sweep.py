@@ -176,10 +176,10 @@ def execute(run, nproc, show):
 
 
 def start(run, nproc):
-    """Run it, with its output on stdout. If it fails, FAILED says why."""
+    """Run it, with its output on stdout. If it fails, FAILED says why. Returns the exit status."""
     if STOPPING.is_set():
-        return
-    number, reason, status = f"[{next(NUMBERS)}]", "see its output", Busy.status
+        return None
+    number, reason = f"[{next(NUMBERS)}]", "see its output"
 
     def show(line):
         nonlocal reason
@@ -189,13 +189,13 @@ def start(run, nproc):
 
     seed = run.settings["seed"]
     print(f"{number} {run.label}, {run.settings_text}, seed {seed}", flush=True)
-    while status == Busy.status and not STOPPING.is_set():
-        status = execute(run, nproc, show)
-        if status == Busy.status:  # another table runs it
-            STOPPING.wait(timeout=5)
-    if (status or not run.read()) and not STOPPING.is_set():
+    status = execute(run, nproc, show)
+    if status == Busy.status:  # another table runs it
+        STOPPING.wait(timeout=5)
+    elif (status or not run.read()) and not STOPPING.is_set():
         FAILED[run.out] = f"{reason} (exit status {status})"
         print(f"   {number} FAILED: {FAILED[run.out]}", file=sys.stderr)
+    return status
 
 
 def stop_all(signal_number, frame):
@@ -215,8 +215,9 @@ def run_all(runs, args):
             print(shlex.join(["python", *launcher(args.nproc), *run.words]))
         elif out not in STARTED:
             STARTED[out] = args.pool.submit(start, run, args.nproc)
-    for out in () if args.dry else todo:
-        STARTED[out].result()
+    for out, run in () if args.dry else todo.items():
+        while STARTED[out].result() == Busy.status:  # wait for it, behind those that nobody runs
+            STARTED[out] = args.pool.submit(start, run, args.nproc)
     if STOPPING.is_set():
         sys.exit(130)
     for run in runs:  # the same run may be there twice

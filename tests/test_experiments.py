@@ -169,7 +169,8 @@ def test_settings_that_train_refuses_stop_everything(stream, tmp_path):
             ("gap", "--momentum=0.5", "--momentum=0.5: it does nothing for adamw"),
             ("cost", "--model=7b", "--model=7b: choose from micro"),
             ("cost", "--micro_batch=abc", "--micro_batch: invalid whole number value: 'abc'")):
-        done = experiment("adam_sgd_gap", name, *words, cwd=tmp_path)
+        module = "paper" if name == "cost" else "adam_sgd_gap"
+        done = experiment(module, name, *words, cwd=tmp_path)
         one_line(done, expected)
         assert done.returncode == 2 and not done.stdout and not list(tmp_path.iterdir())
 
@@ -328,7 +329,7 @@ def test_every_page_stands_whatever_the_runs_came_to(
     """Each search goes on from the files of the runs that --dry names, until a page is there."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [])
-    others = [name for name in adam_sgd_gap.EXPERIMENTS if name not in ("cost", "gap")]
+    others = [name for name in adam_sgd_gap.EXPERIMENTS if name != "gap"]
     for name in ["gap", *(others + ["spikes"] if outcome != "one seed diverges" else [])]:
         words = [name, f"--data={stream}", "--steps=110"]
         for _ in range(60):
@@ -400,8 +401,7 @@ def test_bad_words_are_refused(tmp_path, monkeypatch, capsys):
     for words in (["demo", "--steps", "5"], ["demo", "--lr=3"], ["nothing"], ["gap", "--seed=7"],
                   ["demo", "--jobs=0"], ["demo", "--out=x"], ["demo", "steps=5"],
                   # these would do nothing
-                  ["demo", "--seeds=2"], ["lr", "--seeds=3"], ["gap", "--mfu=0.5"],
-                  ["cost", "--jobs=2"], ["cost", "--seeds=2"], ["cost", "--dry"]):
+                  ["demo", "--seeds=2"], ["lr", "--seeds=3"]):
         with pytest.raises(SystemExit) as leave:
             main(*words)
         assert leave.value.code == 2 and words[-1].split("=")[0] in capsys.readouterr().err
@@ -428,18 +428,42 @@ def test_a_dry_run_prints_the_commands_and_does_nothing(tmp_path):
         assert any("--init=small" in line for line in lines) == (name == "spikes")
 
 
-def test_cost_and_a_scale_that_does_not_fit(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [])
-    main("cost", "--scale=1b", "--data=data/c4", "--gpus=16", "--mfu=0.5")
-    out = capsys.readouterr().out
+def test_cost(tmp_path):
+    (tmp_path / "results" / "nano").mkdir(parents=True)
+    (tmp_path / "results" / "nano" / "gap.md").write_text("Caption. 118 runs, seed 42, 43.\n")
+    out = experiment("paper", "cost", "--scale=1b", "--target=gap", "--gpus=16", "--mfu=0.5",
+                     cwd=tmp_path).stdout
+    assert "| parameters | 1,339,082,752 |" in out
     matmul = 1_339_082_752 - 49 * 2048 - 32_000 * 2048
     flops = 20_054_016_000 * (6 * matmul + 6 * 24 * 256 * 2048)
-    assert "| parameters | 1,339,082,752 |" in out
-    assert f"| {flops / (16 * 989e12 * 0.5) / 3600:.2f} |" in out
+    hours = flops / (16 * 989e12 * 0.5) / 3600
+    assert f"| {hours:.2f} |" in out
     # 32 sequences of 256 tokens: the logits and their gradient in bf16
     assert f"logits {32 * 256 * 32_000 * 4 / 2**30:.2f}" in out
-    refused = experiment("adam_sgd_gap", "gap", "--scale=1b", "--data=data/c4",
-                         "--micro_batch=4096", cwd=tmp_path)
-    one_line(refused, "1b", "GiB", "--micro_batch")
+    assert f"| GiB of a checkpoint, Adam | {12 * 1_339_082_752 / 2**30:.2f}, twice" in out
+    assert "| C4 files for one epoch, in rows | 220, 66 GB |" in out  # 4,096 x 19,125 documents
+    assert "| runs of gap, as in results/nano/gap.md | 118 |" in out
+    assert f"| hours of gap | {118 * hours:,.0f} |" in out
+    for scale, files in (("130m", 29), ("350m", 87)):
+        out = experiment("paper", "cost", f"--scale={scale}", cwd=tmp_path).stdout
+        assert f"in rows | {files}," in out and "| runs of paper, stated settings, one seed | 3" in out
+
+
+def test_a_search_beyond_nano_has_to_be_asked_for(tmp_path):
+    refused = experiment("adam_sgd_gap", "gap", "--scale=1b", "--data=data/c4", cwd=tmp_path)
+    one_line(refused, "gap: at 1b", "make cost TARGET=gap SCALE=1b", "TUNE=1", "make paper")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_papers_runs_need_no_search(stream, tmp_path):
+    words = [f"--data={stream}", "--model=micro", "--jobs=2", *settings()]
+    done = experiment("paper", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "one run of nano" in done.stdout and len(list(tmp_path.glob("runs/*"))) == 3
+    [page] = tmp_path.glob("results/nano/paper-*.md")
+    assert re.search(r"\| Adam \| lr 0.00316, beta1 0.9, beta2 0.95 \| \d", page.read_text())
+    assert re.search(r"\| clipped SGD \| lr 100, .* \| \d\.\d+ \| [+-]", page.read_text())
+    dry = experiment("paper", "--scale=1b", "--nproc=8", "--data=data/c4", "--dry", cwd=tmp_path)
+    assert "hours of paper | 41" in dry.stderr and len(dry.stdout.splitlines()) == 3
+    paper = "--optimizer=clipped_sgd --lr=300.0 --token_clip=0.001 --update_clip=0.0002"
+    assert paper in dry.stdout and "--nproc_per_node=8" in dry.stdout

@@ -1,0 +1,143 @@
+"""The runs of Glentis et al. at their scale, and what experiments cost before they are run.
+
+    python -m experiments.paper --scale=130m --data=data/c4 --nproc=8    # or `make paper`
+    python -m experiments.paper cost --scale=1b --target=gap             # runs nothing
+"""
+import argparse
+import math
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from experiments.adam_sgd_gap import (
+    EXPERIMENTS, SCALES, main, method, overrides, plot_losses, state_bytes)
+from experiments.bench import PEAK_FLOPS
+from experiments.sweep import (
+    ExperimentResult, fmt, gap_to, interval_text, markdown_table, outcomes, rerun_with_new_seeds,
+    run_all)
+from loader import read_meta
+from model import Config
+
+NAMES = ("Adam", "SGD with momentum", "clipped SGD")
+C4_DOCUMENTS, C4_GB = 364_868_892 / 1024, 305 / 1024  # of one of its 1,024 files (its data card)
+
+
+def data_shape(data):
+    """Vocabulary and sequence length of the data, or of the paper's if it is not there yet."""
+    if not Path(data).is_dir():
+        return 32000, 256
+    meta = read_meta(data)
+    return meta["vocab_size"], meta["seq_len"]
+
+
+def memory(s, vocab, seq_len):
+    """GiB per GPU under bf16 autocast, by part (ours).
+
+    Each layer keeps 7 x hidden + 3 x ffn activations per token, and the logits of a micro-batch
+    come with their gradient. The weights are copied in bf16 for the products, and in fp32 for the
+    diagnostics.
+    """
+    config = Config.named(s["model"], vocab)
+    tokens = (s.get("micro_batch") or s["batch_size"]) * seq_len
+    parts = {"weights": 4 * config.parameters, "gradients": 4 * config.parameters,
+             "optimizer state": state_bytes(s) * config.parameters,
+             "copies of the weights": 6 * config.parameters,
+             "activations": 2 * tokens * config.layers * (7 * config.hidden + 3 * config.ffn),
+             "logits": 4 * tokens * vocab}
+    return {part: size / 2**30 for part, size in parts.items()}
+
+
+def number_of_runs(target):
+    """Of a target: three for the paper's comparison, otherwise as many as the page at nano had."""
+    if target == "paper":
+        return len(NAMES), "stated settings, one seed"
+    page = Path(f"results/nano/{target}.md")
+    found = re.search(r"(\d+) runs, seed", page.read_text()) if page.exists() else None
+    return (int(found[1]), f"as in {page}") if found else (None, f"{page} does not say")
+
+
+def cost(args):
+    """The table of what one run takes, and all runs of args.target."""
+    vocab, seq_len = data_shape(args.data)
+    s = method("Adam", args).settings
+    config, sequences = Config.named(s["model"], vocab), s["steps"] * s["batch_size"]
+    tokens, per_token = sequences * seq_len, config.flops_per_token(seq_len)
+    hours = tokens * per_token / (args.gpus * args.peak * args.mfu) / 3600
+    runs, source = number_of_runs(args.target)
+    lines = [("parameters", f"{config.parameters:,}"),
+             ("tokens", f"{tokens:,} ({s['steps']} x {s['batch_size']} x {seq_len})"),
+             ("FLOPs", f"{tokens * per_token:.3g} ({per_token:.3g} per token)"),
+             (f"hours on {args.gpus} x {args.peak:.3g} FLOP/s at {args.mfu:.0%}", f"{hours:,.2f}")]
+    for name in NAMES:
+        found = method(name, args).settings
+        parts = memory(found, vocab, seq_len)
+        sizes = ", ".join(f"{part} {size:.2f}" for part, size in parts.items())
+        lines.append((f"GiB per GPU, {name}", f"{sum(parts.values()):.2f} ({sizes})"))
+        checkpoint = (4 + state_bytes(found)) * config.parameters / 2**30
+        lines.append((f"GiB of a checkpoint, {name}", f"{checkpoint:.2f}, twice while it is saved"))
+    if args.scale != "nano":
+        files = math.ceil(sequences / C4_DOCUMENTS)
+        lines.append(("C4 files for one epoch, in rows", f"{files}, {files * C4_GB:,.0f} GB"))
+    lines.append((f"runs of {args.target}, {source}", str(runs or "-")))
+    if runs:
+        lines.append((f"hours of {args.target}", f"{runs * hours:,.0f}"))
+    return markdown_table((f"one run of {args.scale}", ""), lines)
+
+
+def paper(args):
+    """No search: clipped SGD as it was released, Adam and SGD with momentum at our settings."""
+    args.target, args.gpus, args.peak, args.mfu = "paper", args.nproc, 989e12, 0.4
+    print(f"{cost(args)}\n\nThe model, batch, steps and the settings of clipped SGD are the "
+          "paper's at 130m, 350m and 1b; Adam's and SGD's settings are ours, not tuned at this "
+          "scale.\n", file=sys.stderr if args.dry else sys.stdout, flush=True)
+    steps = args.override.get("steps", SCALES[args.scale]["steps"])
+    curve = {"eval_every": max(1, steps // 10), **args.override}
+    found = {name: rerun_with_new_seeds(method(name, args, **curve), args) for name in NAMES}
+    run_all(sum(found.values(), []), args)
+    if args.dry:
+        return None
+    vocab, seq_len = data_shape(args.data)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    peak = args.nproc * PEAK_FLOPS.get(device, math.nan)
+    adams, rows, lines = found["Adam"], [], []
+    for name, runs in found.items():
+        rows += [run.row(adam) for run, adam in zip(runs, adams)]
+        speed = rows[-1]["tok_per_s"]
+        per_token = Config.named(rows[-1]["model"], vocab).flops_per_token(seq_len)
+        mfu = speed * per_token / peak if speed and device in PEAK_FLOPS else None
+        lines.append((name, runs[0].settings_text, outcomes(runs),
+                      interval_text(map(gap_to, adams, runs), "+.1%"), fmt(speed, ",.0f"),
+                      fmt(mfu, ".0%")))
+    table = markdown_table(("method", "settings", "validation loss", "gap to Adam", "tokens/s",
+                            "MFU"), lines)
+    return ExperimentResult(
+        "The paper's comparison", table, rows, sum(found.values(), []),
+        "No search: clipped SGD with the released settings, Adam and SGD with momentum with ours.",
+        lambda axes: plot_losses(axes, found))
+
+
+def cost_main(words):
+    parser = argparse.ArgumentParser(
+        prog="paper.py cost", allow_abbrev=False,
+        epilog="Any other --name=value is a setting of train.py for all runs.")
+    option = parser.add_argument
+    option("--scale", choices=SCALES, default="nano")
+    option("--data", default="data/c4", help="data directory, made by data/prepare.py")
+    option("--target", choices=("paper", *EXPERIMENTS, "spikes"), default="paper")
+    option("--gpus", type=int, default=8, help="how many [8]")
+    option("--peak", type=float, default=989e12, help="their FLOP/s [989e12: H100, dense bf16]")
+    option("--mfu", type=float, default=0.4, help="the share of these that is reached [0.4]")
+    args, others = parser.parse_known_args(words)
+    if min(args.gpus, args.peak, args.mfu) <= 0:
+        parser.error("--gpus, --peak and --mfu must be above 0")
+    args.override = overrides(others, parser)
+    print(cost(args))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["cost"]:
+        cost_main(sys.argv[2:])
+    else:
+        main({"paper": paper})
