@@ -82,7 +82,7 @@ def cost(args):
         lines.append(("C4 files for one epoch, in rows", f"{files}, {files * C4_GB:,.0f} GB"))
     lines.append((f"runs of {args.target}, {source}", str(runs or "-")))
     if runs:
-        lines.append((f"hours of {args.target}", f"{runs * hours:,.0f}"))
+        lines.append((f"hours of {args.target}", f"{runs * hours:,.1f}"))
     return markdown_table((f"one run of {args.scale}", ""), lines)
 
 
