@@ -1,6 +1,7 @@
 """What surrounds the loop: the processes of a run (Dist) and its folder on disk (RunDir)."""
 import fcntl
 import functools
+import hashlib
 import json
 import os
 import platform
@@ -16,12 +17,26 @@ import numpy as np
 import torch
 import torch.distributed
 
-from loader import UserError
+from loader import UserError, access
+
+CODE = ("train.py", "model.py", "optim.py", "loader.py", "checkpoint.py", "metrics.py")
 
 
 class Busy(UserError):
     """Another process has locked the folder."""
     status = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
+def differences(theirs, ours, label):
+    """What differs between two dicts, in words: "lr=1.0 (now 2.0)" for the label "now"."""
+    return ", ".join(f"{name}={theirs.get(name)} ({label} {ours.get(name)})"
+                     for name in sorted({*ours, *theirs}) if theirs.get(name) != ours.get(name))
+
+
+def code_hashes():
+    """Of each file that a run executes."""
+    files = {name: Path(__file__).with_name(name).read_bytes() for name in CODE}
+    return {name: hashlib.sha256(content).hexdigest()[:8] for name, content in files.items()}
 
 
 class Dist:
@@ -53,10 +68,6 @@ class Dist:
         """Whether `flag` is true on some rank."""
         return bool(self.sum(torch.tensor(int(flag))))
 
-    def all_ranks(self, flag):
-        """Whether `flag` is true on every rank."""
-        return not self.any_rank(not flag)
-
     def sum(self, tensor):
         """Sums a tensor over the ranks, in place."""
         if self.size > 1:
@@ -83,14 +94,24 @@ class Dist:
             raise error or SystemExit(1)
         return result if self.rank == 0 else function(*args)
 
+    def check_same(self, values, remedy):
+        """Ends all processes if this dict differs among them; rank 0 says in what: UserError."""
+        all_values = [values] * self.size
+        if self.size > 1:
+            torch.distributed.all_gather_object(all_values, values)
+        for rank, theirs in enumerate(all_values):
+            if differ := differences(theirs, all_values[0], "process 0:"):
+                error = UserError(f"process {rank} has {differ}: {remedy}")
+                raise error if self.rank == 0 else SystemExit(1)
+
     def print0(self, text):
         if self.rank == 0:
             print(text, flush=True)
 
 
 class StopSignal:
-    """`number` is None until SIGTERM or Ctrl-C comes, so that the loop can finish its step and
-    save. A second Ctrl-C ends the run at once."""
+    """`number` is None until SIGTERM or Ctrl-C comes, so that the run can save before it ends. A
+    second Ctrl-C ends it at once."""
 
     def __init__(self):
         self.number = None
@@ -122,22 +143,27 @@ class RunDir:
         self.config = self.path / "config.json"
         self.metrics = self.path / "metrics.jsonl"
         self.ckpt = self.path / "ckpt.pt"
+        self.lock_file = None
 
     @rank0
-    def acquire(self, about):
+    def acquire(self, about, before=lambda: None):
         """Creates and locks the folder, or checks that it holds this run. config.json gets the dict
-        `about`. Returns the final line of metrics.jsonl if the run is finished, else None."""
+        `about`. Returns the final line of metrics.jsonl if the run is finished, else None. before()
+        is called when the folder is free, but not yet there if it is new."""
         try:
             if self.config.exists():
                 self.check_identity(self.config, json.loads(self.config.read_text()))
-            elif self.path.is_dir():
-                if {p.name for p in self.path.iterdir()} - {"lock", "config.json.tmp"}:
-                    raise UserError(f"--out={self.path} holds other files and no run: choose "
-                                    "another")
-            self.path.mkdir(parents=True, exist_ok=True)
+            elif self.path.is_dir() and (
+                    {p.name for p in self.path.iterdir()} - {"lock", "config.json.tmp"}):
+                raise UserError(f"--out={self.path} holds other files and no run: choose another")
             if final := self.final_line():
                 return final
-            self.lock()
+            if self.path.exists():
+                self.lock()
+            before()
+            if not self.lock_file:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.lock()
         except ValueError:
             raise UserError(f"{self.config} is broken, or not of a run of train.py: choose another "
                             "--out") from None
@@ -152,12 +178,8 @@ class RunDir:
         theirs = content.get("identity") if isinstance(content, dict) else None
         if not isinstance(theirs, dict):
             raise UserError(f"{path} is not of a run of train.py: choose another --out")
-        differ = [f"{name}={theirs.get(name)} (now {self.identity.get(name)})"
-                  for name in sorted({*self.identity, *theirs})
-                  if theirs.get(name) != self.identity.get(name)]
-        if differ:
-            raise UserError(f"{path} belongs to a run with {', '.join(differ)}: choose another "
-                            "--out")
+        if differ := differences(theirs, self.identity, "now"):
+            raise UserError(f"{path} belongs to a run with {differ}: choose another --out")
 
     def final_line(self):
         try:
@@ -181,31 +203,24 @@ class RunDir:
         """Replaces a file by what write(file) writes: a temporary file, synced, then renamed."""
         tmp = path.with_name(path.name + ".tmp")
         try:
-            with open(tmp, "wb") as f:
+            with access("write", path), open(tmp, "wb") as f:
                 write(f)
                 f.flush()
                 os.fsync(f.fileno())
-            os.replace(tmp, path)
-        except (OSError, RuntimeError) as e:  # torch.save turns a failed write into a RuntimeError
+                os.replace(tmp, path)
+        finally:
             tmp.unlink(missing_ok=True)
-            reason = getattr(e, "strerror", None) or "is the disk full?"
-            raise UserError(f"could not write {path} ({reason}): what was there is kept; make room "
-                            "and start again") from None
 
     @rank0
     def append(self, lines):
         """Adds dicts as lines to metrics.jsonl."""
-        try:
-            with open(self.metrics, "a") as f:
-                f.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-        except OSError as e:
-            raise UserError(f"could not write {self.metrics} ({e.strerror}): make room and start "
-                            "again") from None
+        with access("write", self.metrics), open(self.metrics, "a") as f:
+            f.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
 
     @rank0
     def save(self, step, seconds, val_loss, model, optimizer):
         """Writes ckpt.pt, whole or not at all."""
-        with open(self.metrics, "ab") as f:
+        with access("write", self.metrics), open(self.metrics, "ab") as f:
             os.fsync(f.fileno())
             metrics_bytes = f.tell()
         state = {"identity": self.identity, "step": step, "seconds": seconds, "val_loss": val_loss,
@@ -217,18 +232,18 @@ class RunDir:
         """Restores ckpt.pt, if there is one, and cuts metrics.jsonl back to it. Returns the steps
         and seconds done so far, and the last validation loss."""
         state = self.dist.rank0_first(self.restore, model, optimizer)
-        if self.dist.any_rank(state != self.dist.broadcast(state)):
-            raise UserError(f"the processes see different {self.ckpt}: put --out on a disk that "
-                            "they share")
-        step, seconds, val_loss, metrics_bytes = state
+        self.dist.check_same({str(self.ckpt): state}, "put --out on a disk that they share")
+        *progress, metrics_bytes = state
         if self.dist.rank == 0 and self.metrics.exists():
-            os.truncate(self.metrics, metrics_bytes)
-        return step, seconds, val_loss
+            with access("write", self.metrics):
+                os.truncate(self.metrics, metrics_bytes)
+        return progress
 
     def restore(self, model, optimizer):
-        if not self.ckpt.exists():
+        if not os.path.lexists(self.ckpt):  # a link to nowhere is an error
             return 0, 0.0, None, 0
-        try:
+        with access("read", self.ckpt, "is damaged or no checkpoint of train.py",
+                    "restore it from a copy, or choose another --out to start again"):
             # torch.load does not verify checksums
             if self.dist.rank == 0 and zipfile.ZipFile(self.ckpt).testzip():
                 raise ValueError("wrong checksum")
@@ -238,12 +253,6 @@ class RunDir:
             optimizer.load_state_dict(state["optimizer"])
             metrics_bytes = state["metrics_bytes"]
             progress = state["step"], state["seconds"], state["val_loss"], metrics_bytes
-        except UserError:
-            raise
-        except Exception as e:  # a torn or foreign file fails in many ways
-            raise UserError(f"{self.ckpt} is damaged or no checkpoint of train.py "
-                            f"({type(e).__name__}): restore it from a copy, or choose another "
-                            "--out to start again") from None
         size = self.metrics.stat().st_size if self.metrics.exists() else 0
         if size < metrics_bytes:
             raise UserError(f"{self.metrics} is shorter than when {self.ckpt} was saved: restore "

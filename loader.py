@@ -10,6 +10,8 @@ the tokens as uint16. There are two layouts:
 import hashlib
 import json
 import re
+from contextlib import contextmanager, suppress
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +19,36 @@ import torch
 
 MAGIC, VERSION, HEADER = 20240520, 1, 256
 IGNORE_INDEX = -100  # a target that is not counted (PyTorch's convention)
-REMEDY = "restore it, or prepare the data again in another folder"
+PREPARE = "prepare the data again in another folder (data/prepare.py)"
+REMEDY = f"restore it, or {PREPARE}"
 
 
 class UserError(Exception):
     """Bad input: one line that names the file or setting, and the remedy."""
     status = 1  # of the process that ends by it
+
+
+@contextmanager
+def access(verb, path, problem=None, remedy=REMEDY):
+    """To "read" or "write" a file. UserError says why the machine failed, or, if it was the content
+    that failed and `problem` names this, why that."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:
+        cause = e
+        while cause and not isinstance(cause, OSError):  # torch and zipfile hide it
+            cause = cause.__context__
+        if isinstance(e, MemoryError) or re.search("(out of|allocate) memory", str(e)):
+            cause = OSError(0, "memory is full")
+        if cause:
+            raise UserError(f"could not {verb} {cause.filename or path} ({cause.strerror or cause})"
+                            ": check path and permissions, or make room, and start again") from None
+        if not problem:
+            raise
+        reason = f"{type(e).__name__}: {e}".splitlines()[0]
+        raise UserError(f"{path} {problem} ({reason}): {remedy}") from None
 
 
 # ---- the files of a data directory ---------------------------------------------------------------
@@ -31,12 +57,12 @@ def read_meta(folder):
     """meta.json of a data directory, checked. Raises UserError."""
     folder = Path(folder)
     path = folder / "meta.json"
-    if not folder.is_dir():
-        raise UserError(f"no data directory {folder}: make one with data/prepare.py, for instance "
-                        f"`python data/prepare.py python --out={folder}`")
-    if not path.exists():
-        return llmc_meta(folder)
-    try:
+    with access("read", path, "is broken"):
+        if not folder.is_dir():
+            raise UserError(f"no data directory {folder}: make one with data/prepare.py, for "
+                            f"instance `python data/prepare.py python --out={folder}`")
+        if not path.exists():
+            return llmc_meta(folder)
         meta = json.loads(path.read_text())
         if not meta.get("complete"):
             raise UserError(f"{path}: preparing was cut short: run the same data/prepare.py "
@@ -48,8 +74,6 @@ def read_meta(folder):
         seq_len, vocab_size, layout = meta["seq_len"], meta["vocab_size"], meta["layout"]
         if seq_len < 2 or not 0 < vocab_size <= 65536 or layout not in ("rows", "stream"):
             raise ValueError(f"seq_len {seq_len}, vocab_size {vocab_size}, layout {layout}")
-    except (ValueError, AttributeError) as e:
-        raise UserError(f"{path} is broken ({e}): {REMEDY}") from None
     return meta
 
 
@@ -66,48 +90,54 @@ def llmc_meta(folder):
 
 def find_shards(folder, split):
     """The .bin files of a split in order: train_000000.bin, or fineweb_train_000001.bin."""
-    return sorted(path for path in Path(folder).glob("*.bin")
-                  if re.search(rf"(^|_){split}[_.]", path.name))
+    with access("read", folder):
+        return sorted(path for path in Path(folder).iterdir()
+                      if path.suffix == ".bin" and re.search(rf"(^|_){split}[_.]", path.name))
 
 
 def fingerprint(folder):
     """sha256 of meta.json, or without one of the names and sizes of the shards."""
     path = Path(folder) / "meta.json"
-    if path.exists():
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    shards = sorted([p.name, p.stat().st_size] for p in Path(folder).glob("*.bin"))
+    with access("read", path):
+        if path.exists():
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+        shards = sorted([p.name, p.stat().st_size] for p in Path(folder).glob("*.bin"))
     return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
 
 
 def open_shard(path):
     """The tokens of a .bin file, uint16 [n], memory-mapped. Raises UserError."""
-    size = path.stat().st_size
-    header = np.fromfile(path, dtype="<i4", count=HEADER)
-    if len(header) < HEADER:
+    with access("read", path), open(path, "rb") as f:
+        header, size = f.read(4 * HEADER), path.stat().st_size
+    magic, version, length = np.frombuffer(header[:12].ljust(12, b"\0"), "<i4").tolist()
+    remedy = REMEDY
+    if len(header) < 4 * HEADER:
         problem = f"holds {size} bytes, less than a header"
-    elif header[0] != MAGIC or header[1] != VERSION:
-        problem = f"is no token shard (magic {header[0]}, version {header[1]})"
-    elif size != 4 * HEADER + 2 * int(header[2]):
-        problem = f"is truncated or torn ({header[2]} tokens in {size} bytes)"
-    elif header[2] == 0:
+    elif (magic, version) == (20240801, 7):
+        problem, remedy = "holds uint32 tokens, as llm.c writes them for Llama 3", PREPARE
+    elif magic != MAGIC and any(header[12:]):  # llm.c's header ends in zeros
+        problem, remedy = "has no header, as if nanoGPT had written it", PREPARE
+    elif magic != MAGIC or version != VERSION:
+        problem = f"is no token shard (magic {magic}, version {version})"
+    elif size != 4 * HEADER + 2 * length:
+        problem = f"is truncated or torn ({length} tokens in {size} bytes)"
+    elif length == 0:
         problem = "holds no tokens"
     else:
-        return np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER, shape=(int(header[2]),))
-    raise UserError(f"{path} {problem}: {REMEDY}")
+        return np.memmap(path, "<u2", "r", offset=4 * HEADER, shape=length)
+    raise UserError(f"{path} {problem}: {remedy}")
 
 
 def token_counts(folder, vocab_size):
     """How often each token occurs in the training set, int64 [vocab_size], or None if the directory
     does not say. Raises UserError."""
     path = Path(folder) / "token_counts.npy"
-    if not path.exists():
-        return None
-    try:
-        counts = np.load(path, allow_pickle=False).astype(np.int64, casting="safe")
+    with access("read", path, f"does not hold {vocab_size} counts"):
+        if not path.exists():
+            return None
+        counts = np.load(path, mmap_mode="r", allow_pickle=False).astype(np.int64, casting="safe")
         if counts.shape != (vocab_size,) or counts.min() < 0 or not counts.any():
             raise ValueError(f"shape {list(counts.shape)}, or negative, or all zero")
-    except Exception as e:  # NumPy's reader fails in many ways
-        raise UserError(f"{path} does not hold {vocab_size} counts ({e}): {REMEDY}") from None
     return torch.from_numpy(counts)
 
 
@@ -115,10 +145,9 @@ def token_counts(folder, vocab_size):
 
 def file_state(path):
     """What changes when a file is written or replaced; None if it is gone."""
-    if not path.exists():
-        return None
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+    with access("read", path), suppress(FileNotFoundError):
+        stat = path.stat()
+        return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
 class TokenDataset:
@@ -132,10 +161,9 @@ class TokenDataset:
         if not self.paths or len(self.paths) != expected:
             raise UserError(f"{folder} has {len(self.paths)} {split}_*.bin where meta.json says "
                             f"{expected}: {REMEDY}")
-        self.shards = [open_shard(path) for path in self.paths]
-        self.stats = [file_state(path) for path in self.paths]
+        self.states = [file_state(path) for path in self.paths]
         self.lookahead = 0 if self.rows else 1  # a stream's last target is beyond the sequence
-        lengths = [(len(shard) - self.lookahead) // self.seq_len for shard in self.shards]
+        lengths = [(len(open_shard(p)) - self.lookahead) // self.seq_len for p in self.paths]
         self.starts = np.cumsum([0] + lengths)  # index of the first sequence of each shard
         if len(self) == 0:
             raise UserError(f"{folder}: {split} is shorter than one sequence of {self.seq_len} "
@@ -148,19 +176,23 @@ class TokenDataset:
         """indices, an array [n] -> inputs and targets, int64 [n, seq_len] each, the targets
         IGNORE_INDEX where padded."""
         T = self.seq_len
-        window = np.zeros((len(indices), T + 1), dtype=np.uint16)
+        window = np.zeros((len(indices), T + 1), dtype="<u2")
         shard_of = np.searchsorted(self.starts, indices, side="right") - 1
-        for k in np.unique(shard_of):
-            if file_state(self.paths[k]) != self.stats[k]:  # SIGBUS if it was cut
-                raise UserError(f"{self.paths[k]} was changed while it was in use: put the old one "
-                                "back, or start another run")
-        for row, index, k in zip(window, indices, shard_of):
-            start = int(index - self.starts[k]) * T
-            tokens = self.shards[k][start:start + T + self.lookahead]
-            if tokens.max() >= self.vocab_size:
-                raise UserError(f"{self.paths[k]}: token {tokens.max()} near position {start} is "
-                                f"not below meta.json's vocab_size {self.vocab_size}: {REMEDY}")
-            row[:len(tokens)] = tokens
+        starts = (indices - self.starts[shard_of]) * T
+        for k, rows in groupby(shard_of.argsort(), shard_of.item):  # a file at a time is open
+            path = self.paths[k]
+            with access("read", path), suppress(FileNotFoundError), open(path, "rb") as f:
+                for i in rows:
+                    f.seek(4 * HEADER + 2 * starts[i])
+                    f.readinto(window[i, :T + self.lookahead])
+            if file_state(path) != self.states[k]:
+                raise UserError(f"{path} was changed while it was in use: put the old one back, or "
+                                "start another run")
+        if window.max(initial=0) >= self.vocab_size:
+            i = window.max(1).argmax()
+            raise UserError(f"{self.paths[shard_of[i]]}: token {window[i].max()} near position "
+                            f"{starts[i]} is not below meta.json's vocab_size {self.vocab_size}: "
+                            f"{REMEDY}")
         window = torch.from_numpy(window.astype(np.int64))
         inputs, targets = window[:, :-1].contiguous(), window[:, 1:].clone()
         if self.rows:

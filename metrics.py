@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from loader import UserError
+
 
 def frequency_groups(counts, groups=10):
     """Splits the token classes into groups that each hold about 1/groups of the training tokens
@@ -60,20 +62,31 @@ class Diagnostics:
 class Metrics:
     """Collects a line per step on the device, without waiting for it, and writes them at flush().
 
-    `seconds` is the training time up to `step`, without evaluations and checkpoints."""
+    `seconds` is the training time so far, without evaluations and checkpoints; `val_loss` is that
+    of the last evaluation."""
 
-    def __init__(self, s, run_dir, dataset, model, optimizer, step, seconds):
+    def __init__(self, s, run_dir, dataset, model, optimizer):
         self.s, self.run_dir, self.dist, self.optimizer = s, run_dir, run_dir.dist, optimizer
-        self.pending, self.step, self.seconds = [], step, seconds
+        self.pending, self.seconds, self.val_loss, self.diverged = [], 0.0, None, False
         self.diagnostics = Diagnostics(model)
         self.tokens_per_step = s.batch_size * dataset.seq_len  # padding included, as in the paper
         self.max_loss = 2 * math.log(dataset.vocab_size)  # twice that of a uniform guess: diverged
         self.wandb = None
-        if s.wandb and self.dist.rank == 0:
+
+    def start_wandb(self):
+        """Called before the run's folder is claimed, on rank 0. Raises UserError."""
+        if not self.s.wandb:
+            return
+        name = f"{Path(self.s.out).resolve()} {self.run_dir.identity}"
+        try:
             import wandb
-            name = f"{Path(s.out).resolve()} {run_dir.identity}"
-            self.wandb = wandb.init(project=s.wandb, name=s.out, config=asdict(s), resume="allow",
-                                    id=hashlib.sha256(name.encode()).hexdigest()[:16])
+            run_id = hashlib.sha256(name.encode()).hexdigest()[:16]
+            self.wandb = wandb.init(project=self.s.wandb, name=self.s.out, config=asdict(self.s),
+                                    id=run_id, resume="allow")
+        except Exception as e:  # wandb's own, or the network's
+            reason = " ".join(f"{type(e).__name__}: {e}".split())
+            raise UserError(f"--wandb={self.s.wandb} does not start ({reason}): try `wandb login`, "
+                            "set WANDB_MODE=offline, or drop the setting") from None
 
     def start_clock(self):
         self.started = time.perf_counter()
@@ -94,41 +107,44 @@ class Metrics:
         self.pending.append((lr, loss, {"grad_norm": grad_norm, **self.extra}))
 
     def flush(self, step):
-        """Writes the lines up to `step` and stops the clock. Returns whether the run diverged."""
+        """Writes the lines up to `step` and stops the clock. Returns whether the run goes on."""
+        if not self.pending:
+            return not self.diverged
         losses = self.dist.sum(torch.stack([loss for _, loss, _ in self.pending])).tolist()
         seconds = time.perf_counter() - self.started
         self.seconds += seconds
         tok_per_s = len(self.pending) * self.tokens_per_step / seconds
-        lines, diverged = [], False
-        self.step = step - len(self.pending)
+        self.step, lines = step - len(self.pending), []
         for loss, (lr, _, values) in zip(losses, self.pending):
             self.step += 1
             values = {name: value.item() for name, value in values.items()}
             lines.append({"step": self.step, "lr": lr, "tokens": self.step * self.tokens_per_step,
                           "tok_per_s": round(tok_per_s), "train_loss": loss, **values})
             if not (loss <= self.max_loss and math.isfinite(values["grad_norm"])):
-                diverged = True
+                self.diverged = True
                 break
         self.pending = []
         self.write(lines)
-        if step % self.s.log_every == 0 or diverged:
+        if step % self.s.log_every == 0 or self.diverged:
             left = (self.s.steps - self.step) * self.tokens_per_step / tok_per_s
             self.print_step(f"loss {loss:.4f}  lr {lr:<8.3g}  grad norm {values['grad_norm']:<8.2g}"
                             f"  {tok_per_s:,.0f} tok/s  {timedelta(seconds=int(left))} left")
-        return diverged
+        return not self.diverged
 
     def log_eval(self, step, val_loss, num_targets, group_losses):
-        """An evaluation. Returns val_loss."""
+        """An evaluation. Returns whether the run goes on."""
         line = {"step": step, "val_loss": val_loss, "val_tokens": num_targets}
         if len(group_losses) > 1:
             line["group_losses"] = group_losses
         self.step = step
         self.write([line])
         self.print_step(f"validation loss {val_loss:.4f}")
-        return val_loss
+        self.val_loss, self.diverged = val_loss, not math.isfinite(val_loss)
+        return not self.diverged
 
-    def finish(self, status, val_loss):
+    def finish(self):
         """The last line: status "done" or "diverged"."""
+        status, val_loss = ("diverged", None) if self.diverged else ("done", self.val_loss)
         self.run_dir.append([{"final": True, "status": status, "step": self.step,
                               "val_loss": val_loss, "seconds": round(self.seconds, 1)}])
         if self.wandb is not None:

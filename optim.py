@@ -48,17 +48,19 @@ def _multi_tensor(params, grads, momenta, lr, momentum, token_clip, update_clip)
         row_norms = [_norm(m, dim=-1, keepdim=True) for m in momenta]
     if token_clip is not None:
         row_factors = [(token_clip / norm).clamp_(max=1.0) for norm in row_norms]
-        torch._foreach_mul_(row_norms, row_factors)  # the norms after the clip
+        row_norms = torch._foreach_mul(row_norms, row_factors)  # the norms after the clip
     if update_clip is not None:
-        step_sizes = torch._foreach_reciprocal(torch._foreach_norm(row_norms))
-        torch._foreach_mul_(step_sizes, [update_clip * m.numel() ** 0.5 for m in momenta])
-        torch._foreach_clamp_max_(step_sizes, lr)
+        norms = torch._foreach_norm(row_norms)
+        step_sizes = [(update_clip * m.numel() ** 0.5 / norm).clamp(max=lr)
+                      for m, norm in zip(momenta, norms)]
 
     factors = step_sizes
     if token_clip is not None:
-        factors = torch._foreach_mul(row_factors, step_sizes if step_sizes else lr)
+        factors = torch._foreach_mul(row_factors, step_sizes or lr)
     if factors:
         torch._foreach_addcmul_(params, momenta, factors, value=-1)
+    elif isinstance(lr, torch.Tensor):  # alpha would be read on the host
+        torch._foreach_sub_(params, torch._foreach_mul(momenta, lr))
     else:
         torch._foreach_add_(params, momenta, alpha=-lr)
     return step_sizes, row_factors
@@ -74,42 +76,39 @@ class ClippedSGD(torch.optim.Optimizer):
         w <- w - lr * u
     The clips leave m as it is. Without them this is torch.optim.SGD with dampening = momentum, but
     for the start: torch's m begins as the first g. lr is 1 / (1 - momentum) times that of SGD
-    without dampening.
+    without dampening. step() does not synchronize with the host.
 
     Args (all but params can differ between parameter groups):
-        params: parameters or groups, of any floating dtype. State: one tensor per parameter.
-        lr: in weight units per gradient unit; 100 to 300 in the paper.
+        params: parameters or groups, of any floating dtypes. State: one tensor per parameter.
+        lr: in weight units per gradient unit; 100 to 300 in the paper. A number or a 0-d tensor.
         momentum: decay of the average, in [0, 1). Default 0.9; 0 needs no state.
         token_clip: largest norm of a row of m, in gradient units, or None (default). Rows are token
             classes: set it, to the paper's 1e-3, on the group of lm_head's weight [vocab, hidden].
         update_clip: largest RMS of a tensor's update, in weight units, or None. Default 5e-4, the
             paper's (2e-4 at 1B). While it binds, neither lr nor its schedule changes the step.
         foreach: all tensors at once (default), or the reference, one after the other.
-
-    step() does not synchronize with the host. With track_clipping = True it leaves the fractions of
-    tensors and rows that it clipped in clip_fraction, as 0-d tensors (None where switched off).
     """
-    track_clipping = False
-
     def __init__(self, params, lr, momentum=0.9, token_clip=None, update_clip=5e-4, foreach=True):
-        defaults = dict(lr=lr, momentum=momentum, token_clip=token_clip, update_clip=update_clip,
-                        foreach=foreach)
-        self.clip_fraction = {"tensors": None, "rows": None}
-        super().__init__(params, defaults)
+        self._clipped = {"tensors": [], "rows": []}
+        super().__init__(params, dict(lr=lr, momentum=momentum, token_clip=token_clip,
+                                      update_clip=update_clip, foreach=foreach))
+
+    def __getstate__(self):  # of copies and pickles
+        return {**super().__getstate__(), "_clipped": self._clipped}
 
     def add_param_group(self, param_group):
-        group = {**self.defaults, **param_group}
-        if not group["lr"] >= 0:
-            raise ValueError(f"lr must be at least 0, not {group['lr']}")
+        super().add_param_group(param_group)
+        group = self.param_groups.pop()
+        if getattr(group["lr"], "ndim", 0) or not group["lr"] >= 0:
+            raise ValueError(f"lr must be one number, at least 0, not {group['lr']}")
         if not 0 <= group["momentum"] < 1:
             raise ValueError(f"momentum must be in [0, 1), not {group['momentum']}")
         for name in ("token_clip", "update_clip"):
             if group[name] is not None and not group[name] > 0:
                 raise ValueError(f"{name} must be above 0 or None, not {group[name]}")
-        super().add_param_group(param_group)
-        if group["token_clip"] is not None:
-            if any(p.dim() != 2 for p in self.param_groups[-1]["params"]):
-                raise ValueError("token_clip needs 2-D parameters: set it on the output layer only")
+        if group["token_clip"] is not None and any(p.dim() != 2 for p in group["params"]):
+            raise ValueError("token_clip needs 2-D parameters: set it on the output layer only")
+        self.param_groups.append(group)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -118,33 +117,36 @@ class ClippedSGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        tensors_clipped, rows_clipped = [], []
+        self._clipped["tensors"], self._clipped["rows"] = [], []
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            grads = [p.grad for p in params]
-            if any(g.is_sparse for g in grads):
-                raise RuntimeError("ClippedSGD does not support sparse gradients")
-            momenta = grads  # without momentum, m is g
-            if group["momentum"]:
-                for p in params:
-                    if "momentum_buffer" not in self.state[p]:
-                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                momenta = [self.state[p]["momentum_buffer"] for p in params]
+            lists = {}  # what one torch._foreach_* call takes: one type, device, dtype and mesh
+            for p in [p for p in group["params"] if p.grad is not None]:
+                if p.grad.is_sparse:
+                    raise RuntimeError("ClippedSGD does not support sparse gradients")
+                g = m = p.grad.to(p.dtype)  # without momentum, m is g
+                if group["momentum"]:  # m follows p where model.to() has converted or moved it
+                    m = self.state[p].get("momentum_buffer")
+                    m = torch.zeros_like(p) if m is None else m.to(p)
+                    self.state[p]["momentum_buffer"] = m
+                kind = type(p), p.device, p.dtype, getattr(p, "device_mesh", None)
+                lists.setdefault(kind, []).append((p, g, m))
             update = _multi_tensor if group["foreach"] else _single_tensor
-            step_sizes, row_factors = update(
-                params, grads, momenta, group["lr"], group["momentum"], group["token_clip"],
-                group["update_clip"])
-            if self.track_clipping:
-                tensors_clipped += [step_size < group["lr"] for step_size in step_sizes]
-                rows_clipped += [factor < 1 for factor in row_factors]
-
-        if self.track_clipping:
-            self.clip_fraction = {
-                "tensors": torch.stack(tensors_clipped).float().mean() if tensors_clipped else None,
-                "rows": torch.cat(rows_clipped).float().mean() if rows_clipped else None}
+            options = [group[name] for name in ("lr", "momentum", "token_clip", "update_clip")]
+            for tensors in lists.values():
+                step_sizes, row_factors = update(*zip(*tensors), *options)
+                if step_sizes:
+                    self._clipped["tensors"].append(torch.stack(step_sizes) < group["lr"])
+                if row_factors:
+                    self._clipped["rows"].append(torch.cat(row_factors) < 1)
         return loss
+
+    @property
+    def clip_fraction(self):
+        """Of the last step, as 0-d tensors; None where a clip is off. FSDP2: read on all ranks."""
+        def mean(flags):
+            flags = [f.full_tensor() if hasattr(f, "full_tensor") else f for f in flags]
+            return torch.cat([f.flatten().to(flags[0].device) for f in flags]).float().mean()
+        return {name: mean(flags) if flags else None for name, flags in self._clipped.items()}
 
 
 def build_optimizer(name, model, lr, momentum=0.9, token_clip=1e-3, update_clip=5e-4, beta1=0.9,
@@ -156,9 +158,7 @@ def build_optimizer(name, model, lr, momentum=0.9, token_clip=1e-3, update_clip=
     groups = [{"params": body}, {"params": [head]}]
     if name == "clipped_sgd":
         groups[1]["token_clip"] = token_clip
-        optimizer = ClippedSGD(groups, lr, momentum, update_clip=update_clip)
-        optimizer.track_clipping = True
-        return optimizer
+        return ClippedSGD(groups, lr, momentum, update_clip=update_clip)
     if name == "sgd":
         return ClippedSGD(groups, lr, momentum, update_clip=None)
     if name == "adamw":

@@ -9,15 +9,19 @@
 
 The number of processes and --micro_batch change the speed, not the batches: the losses stay the
 same to rounding. Started again with the same settings, a run continues from its last checkpoint, on
-a CPU bit for bit as if it had never stopped. On SIGTERM or Ctrl-C it saves a checkpoint and exits.
-OUT, on a disk that all nodes share, gets config.json, metrics.jsonl, ckpt.pt and a lock file.
+a CPU bit for bit as if it had never stopped. On SIGTERM or Ctrl-C it drops the step that it is in,
+saves a checkpoint and exits; torchrun gives it 30 seconds for that, or as many as the environment
+variable TORCH_ELASTIC_SHUTDOWN_TIMEOUT says. OUT, on a disk that all nodes share, gets config.json,
+metrics.jsonl, ckpt.pt and a lock file.
 """
 import argparse
 import importlib.util
 import math
 import os
+import re
 import signal
 import sys
+import time
 import typing
 from dataclasses import asdict, dataclass, field, fields
 
@@ -25,7 +29,7 @@ import torch
 import torch.distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import Dist, RunDir, StopSignal, describe
+from checkpoint import Dist, RunDir, StopSignal, code_hashes, describe
 from loader import (BatchSampler, TokenDataset, UserError, eval_batches, fingerprint,
                     token_counts)
 from metrics import Metrics, frequency_groups
@@ -91,8 +95,9 @@ MAY_CHANGE = ("out", "data", "micro_batch", "log_every", "diag_every", "save_eve
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        if int(os.environ.get("RANK", 0)) == 0:  # say it once
-            print(f"train.py: {message}; --help lists the settings", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(5)  # if rank 0 says the same, torchrun ends this process before
+        print(f"train.py: {message}; --help lists the settings", file=sys.stderr)
         sys.exit(2)
 
 
@@ -175,13 +180,13 @@ def learning_rate(s, step):
     return s.lr * (s.min_lr + (1 - s.min_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def can_compile(device):
-    """torch.compile needs a C++ compiler and Python's headers, on a GPU Triton: try it."""
+def compile_problem(device):
+    """Why torch.compile does not work on a device, in one line; None if it does."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
-        return True
-    except Exception:
-        return False
+    except Exception as e:  # it fails in many ways
+        error = re.search(".* error: .*", str(e))  # of the C++ compiler
+        return error[0] if error else f"{type(e).__name__}: {e}".splitlines()[0]
 
 
 def default_dtype(device):
@@ -189,7 +194,7 @@ def default_dtype(device):
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        cpu = torch.cpu.get_capabilities()
+        cpu = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.11 may lack it
         native = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     return "bfloat16" if native else "float32"
 
@@ -221,16 +226,18 @@ def next_batch(sampler, step, dist):
 
 
 @torch.no_grad()
-def evaluate(model, dataset, groups, tokens, batch_size, dist):
+def evaluate(model, dataset, groups, tokens, batch_size, dist, stop_signal):
     """Validation loss in nats, in fp32, over the same targets each time (about `tokens` of them),
     batch_size sequences at a time: the sum of the losses of all ranks / the number of targets.
 
     groups, int64 [vocab], assigns each token class to a group. Returns the loss, the number of
-    targets, and the loss of each group (nan if it has no target).
+    targets, and the loss of each group (nan if it has no target); None if a signal cut it short.
     """
     num_groups = int(groups.max()) + 1
     sums = torch.zeros(2, num_groups, dtype=torch.float64, device=dist.device)  # losses, targets
     for x, y in eval_batches(dataset, tokens, batch_size, dist.rank, dist.size):
+        if dist.any_rank(stop_signal.number is not None):
+            return None
         x, y = x.to(dist.device), y.to(dist.device)
         losses = model(x, y, reduction="none").double()  # [B * T], 0 where padded
         counted = (y != IGNORE_INDEX).flatten().double()
@@ -261,7 +268,11 @@ def train(s):
 
     # model and optimizer; weights are drawn on the CPU, so that a seed means the same everywhere
     identity = {name: value for name, value in asdict(s).items() if name not in MAY_CHANGE}
-    run_dir = RunDir(s.out, {**identity, "data_sha256": fingerprint(s.data)}, dist)
+    identity["data_sha256"] = fingerprint(s.data)
+    dist.check_same({**asdict(s), **identity, **code_hashes(), "device": device.type,
+                     "data": f"{len(sampler.dataset)} + {len(val_data)} sequences"},
+                    "start all with the same settings, data and code")
+    run_dir = RunDir(s.out, identity, dist)
     torch.manual_seed(s.seed)
     config = Config.named(s.model, val_data.vocab_size, embedding=s.embedding, init=s.init)
     model = LLaMA(config).to(device)
@@ -272,38 +283,54 @@ def train(s):
     optimizer = build_optimizer(s.optimizer, model, s.lr, **options)
 
     # the run's folder: refuse another run's, leave a finished one alone, else continue
-    final = run_dir.acquire(describe(s, dist))
-    if final:
+    metrics = Metrics(s, run_dir, val_data, model, optimizer)
+    if final := run_dir.acquire(describe(s, dist), metrics.start_wandb):
         dist.print0(f"{s.out} is finished: {final['status']}, validation loss {final['val_loss']}")
         return 0
-    start, seconds, val_loss = run_dir.load(model, optimizer)
+    start, metrics.seconds, metrics.val_loss = run_dir.load(model, optimizer)
 
     # compile, and wrap for several processes
-    compiled = s.compile and dist.all_ranks(can_compile(device))
+    problem = compile_problem(device) if s.compile else None
+    compiled = s.compile and not dist.any_rank(problem is not None)
     if compiled:
         model.compile(dynamic=False)
     elif s.compile:
-        dist.print0("torch.compile does not work here (it needs a C++ compiler and Python's "
-                    "headers): running eagerly")
+        dist.print0("running eagerly: torch.compile, which needs a compiler, Python's headers and "
+                    f"a cache folder without spaces, fails: {problem or 'on another process'}")
     ddp_model = model
     if dist.size > 1:
         device_ids = [device.index] if device.type == "cuda" else None
         ddp_model = DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)
 
-    # what is logged
-    metrics = Metrics(s, run_dir, val_data, model, optimizer, start, seconds)
+    # what runs
     dist.print0(f"{s.data}: vocabulary {val_data.vocab_size:,}, sequences of {val_data.seq_len}, "
                 f"{s.steps / sampler.steps_per_epoch:.2f} epochs")
     dist.print0(f"{s.model}, {config.parameters:,} parameters; {s.optimizer}, lr {s.lr:g}; "
                 f"{s.steps} steps of {s.batch_size} sequences; {dist.size} x {device.type}, "
                 f"{s.dtype}, {'compiled' if compiled else 'eager'}; from step {start}")
 
-    def run_eval():
-        return evaluate(model, val_data, groups, s.eval_tokens, micro_batch, dist)
+    def is_eval_due(step):
+        return step == s.steps or (s.eval_every and step % s.eval_every == 0)
 
+    def run_eval(step):
+        """Returns whether the run goes on."""
+        result = evaluate(model, val_data, groups, s.eval_tokens, micro_batch, dist, stop_signal)
+        return result is not None and metrics.log_eval(step, *result)
+
+    def end(step):
+        """Ends the run early, diverged or by a signal after this step. Returns the exit status."""
+        if not metrics.flush(step):
+            metrics.finish()
+            return 0
+        run_dir.save(step, metrics.seconds, metrics.val_loss, model, optimizer)
+        dist.print0(f"stopped by a signal after step {step}, saved in {s.out}: the same command "
+                    "goes on from here")
+        return 128 + (stop_signal.number or signal.SIGTERM)  # it may have come to another rank
+
+    # a checkpoint is older than the evaluation of its step: that comes first when a run continues
     stop_signal = StopSignal()
-    if start == 0 and s.eval_every:
-        metrics.log_eval(0, *run_eval())
+    if is_eval_due(start) and not run_eval(start):
+        return end(start)
     metrics.start_clock()
     for step in range(start + 1, s.steps + 1):
         # set the learning rate
@@ -317,6 +344,8 @@ def train(s):
         # forward and backward: micro-batches add up to the gradient of the mean loss of the batch
         loss = torch.zeros((), device=device)
         for i in range(0, len(inputs), micro_batch):
+            if dist.any_rank(stop_signal.number is not None):
+                return end(step - 1)  # the weights are still those of that step
             # DDP exchanges gradients in the last micro-batch only
             ddp_model.require_backward_grad_sync = i + micro_batch >= len(inputs)
             x, y = inputs[i:i + micro_batch], targets[i:i + micro_batch]
@@ -334,27 +363,17 @@ def train(s):
         metrics.after_step(step, lr, loss, grad_norm)
         optimizer.zero_grad(set_to_none=True)
 
-        # log, evaluate, save, each every so many steps
-        last = step == s.steps
-        stopping = dist.any_rank(stop_signal.number is not None)
-        to_eval = last or (s.eval_every and step % s.eval_every == 0)
-        to_save = last or stopping or step % s.save_every == 0
+        # log, save, evaluate, each every so many steps
+        to_eval, to_save = is_eval_due(step), step == s.steps or step % s.save_every == 0
         if to_eval or to_save or step % s.log_every == 0:
-            diverged = metrics.flush(step)
-            if to_eval and not diverged:
-                val_loss = metrics.log_eval(step, *run_eval())
-                diverged = not math.isfinite(val_loss)
-            if diverged:
-                metrics.finish("diverged", None)
-                return 0
+            if not metrics.flush(step):
+                return end(step)
             if to_save:
-                run_dir.save(step, metrics.seconds, val_loss, model, optimizer)
+                run_dir.save(step, metrics.seconds, metrics.val_loss, model, optimizer)
+            if to_eval and not run_eval(step):
+                return end(step)
             metrics.start_clock()
-        if stopping and not last:
-            dist.print0(f"stopped by a signal after step {step}, saved in {s.out}: the same "
-                        "command goes on from here")
-            return 128 + (stop_signal.number or signal.SIGTERM)  # it may have come to another rank
-    metrics.finish("done", val_loss)
+    metrics.finish()
     return 0
 
 

@@ -7,18 +7,19 @@
 
 A .bin is in llm.c's format: 256 int32 of header (magic, version, number of tokens), then uint16
 tokens. meta.json says "complete": true last of all; until then, the same command again keeps the
-finished shards and goes on. Downloads are huggingface_hub's, with its cache, HF_TOKEN, HF_ENDPOINT
-and HF_HUB_OFFLINE; a file that was put into OUT/downloads by hand is used instead.
+finished shards and goes on, but waits while the first is at work. Downloads are huggingface_hub's,
+with its cache, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE; a file in OUT/downloads is used instead.
 """
 import argparse
+import fcntl
 import gzip
 import hashlib
 import io
 import json
 import os
 import sys
-import time
 import zlib
+from collections import Counter
 from http.client import HTTPException
 from itertools import chain
 from pathlib import Path
@@ -30,6 +31,7 @@ import sentencepiece
 import tiktoken
 
 T5_SHA256 = "d60acb128cf7b7f2536e8f38a5b18a05535c9e14c7a355904270e15b0945ea86"
+LONG = 100_000  # characters; a longer document of a file is several
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 
 
@@ -47,22 +49,34 @@ def write(path, data):
     os.replace(tmp, path)
 
 
+def lock(folder):
+    """Make the folder and lock it until this process ends. Waits if another has locked it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        file = os.open(folder / "lock", os.O_CREAT | os.O_WRONLY)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"another prepare.py is at work in {folder}: waiting for it", flush=True)
+        fcntl.lockf(file, fcntl.LOCK_EX)
+    except OSError:  # a file system without locks, or for reading only
+        pass
+
+
 def read_documents(path):
     """Yield the "text" of each line of JSON, or the paragraphs of a .txt; gzipped or not."""
     kind = Path(path.name.removesuffix(".gz")).suffix
     if kind not in (".json", ".jsonl", ".txt"):
         fail(f"{path}: expected .json, .jsonl or .txt, or one of them gzipped")
     opener = gzip.open if path.suffix == ".gz" else open
-    number, paragraph, size = 0, "", 0
+    number, paragraph = 0, ""
     try:
-        with opener(path, "rt", encoding="utf-8", newline="\n") as lines:
+        with opener(path, "rt", encoding="utf-8-sig", newline="\n") as lines:  # drops a BOM
             for number, line in enumerate(lines, 1):
-                if kind == ".txt" and not line.isspace() and size < 100_000:
+                if kind == ".txt" and line.strip() and len(paragraph) + len(line) < LONG:
                     paragraph += line
-                    size += len(line)
                 elif kind == ".txt":  # the paragraph ends
                     yield paragraph
-                    paragraph, size = "" if line.isspace() else line, 0
+                    paragraph = "" if line.isspace() else line
                 elif not line.isspace():
                     text = json.loads(line)["text"]
                     text.encode()  # fails for a lone surrogate, which JSON allows
@@ -92,6 +106,12 @@ def python_files(limit):
         yield text
 
 
+def cut(text):
+    """A document, or a long one as several of equal length."""
+    n = len(text) // LONG + 1
+    return [text[len(text) * i // n:len(text) * (i + 1) // n] for i in range(n)]
+
+
 def documents(args, split):
     """Yield the documents of a split that are not blank, always in the same order."""
     if args.source == "c4":
@@ -100,12 +120,12 @@ def documents(args, split):
             path = hub_file(args, "dataset", "allenai/c4", f"en/c4-{name.format(i)}.json.gz")
             yield from filter(str.strip, read_documents(path))
         return
-    texts = (python_files(args.max_chars) if args.source == "python"
-             else chain.from_iterable(map(read_documents, args.paths)))
+    texts = (python_files(args.max_chars) if args.source == "python" else
+             chain.from_iterable(cut(t) for path in args.paths for t in read_documents(path)))
     for text in filter(str.strip, texts):
         # Split by the text's own hash, so that equal documents are on the same side.
         h = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-        if (h < args.val_fraction * 2**64) == (split == "val"):
+        if (h < args.val_fraction * 2**64 or text == args.val_text) == (split == "val"):
             yield text
 
 
@@ -131,7 +151,7 @@ def hub_file(args, repo_type, repo, filename):
 
 def mnist(args):
     """Download MNIST's four files, each of them whole or not at all; one that exists is kept."""
-    args.out.mkdir(parents=True, exist_ok=True)
+    lock(args.out)
     for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
         path = args.out / f"{name}-ubyte.gz"
         try:
@@ -157,23 +177,30 @@ def tokenizer_model(args):
     if not args.tokenizer.startswith("train:"):
         return Path(args.tokenizer).read_bytes()
 
-    # A BPE of N pieces, trained on the beginning of the training text. It is lossless: white space
-    # is kept, a newline is a piece, and what the pieces cannot spell is spelled in bytes.
+    # A BPE of N pieces, trained on the beginning of the training text. White space is kept, a
+    # newline is a piece, and what the pieces cannot spell is spelled in bytes: it is lossless, but
+    # for U+2581, which is SentencePiece's own sign for a space and comes back as a space.
     pieces = int(args.tokenizer.removeprefix("train:"))
+    if not 262 <= pieces <= 65536:
+        raise ValueError("N must be from 262 to 65536")
     print(f"training a tokenizer of {pieces:,} pieces", flush=True)
-    lines, room = [], 10_000_000
-    for text in documents(args, "train"):
-        lines += text.split("\n")
-        room -= len(text)
-        if room < 0:
+    text = ""
+    for document in documents(args, "train"):
+        text += document + "\n"
+        if len(text) > 10_000_000:
             break
+    # At most half of the pieces are characters, of which Chinese has many: a rarer one ends a line.
+    rare = Counter(text).most_common()[(pieces - 260) // 2:]
+    lines = text.translate({ord(c): "\n" for c, _ in rare}).split("\n")
+    # A space is a piece even where it is rare.
+    more = {"required_chars": "\u2581"} if text.count(" ") < len(text) / 1000 else {}
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=pieces,
         pad_id=0, eos_id=1, unk_id=2, bos_id=-1, user_defined_symbols=["\n"], byte_fallback=True,
         normalization_rule_name="identity", add_dummy_prefix=False, minloglevel=2,
         remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
-        max_sentence_length=1 << 30)
+        max_sentence_length=1 << 30, **more)
     return model.getvalue()
 
 
@@ -181,15 +208,15 @@ class Tokenizer:
     """A SentencePiece model, given as bytes, or tiktoken's encoding of that name."""
 
     def __init__(self, name, model=None):
-        threads = os.cpu_count()
         if model is not None:
-            sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-            self.encode = lambda texts: sp.encode(texts, num_threads=threads)
+            sp = sentencepiece.SentencePieceProcessor()
+            sp.LoadFromSerializedProto(model)
+            self.encode = sp.encode
             self.vocab_size, self.eos_id, self.pad_id = sp.vocab_size(), sp.eos_id(), sp.pad_id()
             self.name, self.sha256 = "tokenizer.model", hashlib.sha256(model).hexdigest()
         else:
             bpe = tiktoken.get_encoding(name)
-            self.encode = lambda texts: bpe.encode_ordinary_batch(texts, num_threads=threads)
+            self.encode = bpe.encode_ordinary_batch
             self.vocab_size, self.eos_id, self.pad_id = bpe.n_vocab, bpe.eot_token, -1
             pieces = sorted(bpe._mergeable_ranks, key=bpe._mergeable_ranks.get)
             self.name, self.sha256 = name, hashlib.sha256(b"".join(pieces)).hexdigest()
@@ -210,7 +237,10 @@ def in_shards(texts, args):
 
 def write_shard(path, texts, t, args):
     """Tokenize texts with tokenizer t and write them as a .bin."""
-    data, last = bytearray(1024), time.time()
+    print(f"{path.name}: {len(texts):,} documents", flush=True)
+    if t.name == "tokenizer.model" and any("\u2581" in text for text in texts):
+        print(f"{path.name}: U+2581 in the text becomes a space, for which SentencePiece uses it")
+    data = bytearray(1024)
     for i in range(0, len(texts), 2048):
         encoded = t.encode(texts[i:i + 2048])
         if args.layout == "rows":  # a row per document, cut or padded, eos included
@@ -222,9 +252,6 @@ def write_shard(path, texts, t, args):
             flat = chain.from_iterable((*ids, t.eos_id) for ids in encoded)
             tokens = np.fromiter(flat, dtype="<u2")
         data += tokens.tobytes()
-        if time.time() - last > 5:
-            last = time.time()
-            print(f"{path.name}: {i:,} of {len(texts):,} documents", flush=True)
     data[:12] = np.array([20240520, 1, len(data) // 2 - 512], dtype="<i4").tobytes()
     write(path, data)
 
@@ -239,6 +266,7 @@ def prepare(args):
         digests = [hashlib.file_digest(open(path, "rb"), "sha256") for path in args.paths]
         settings["files"] = [[p.name, d.hexdigest()] for p, d in zip(args.paths, digests)]
 
+    lock(args.out)
     # A directory with the same settings is finished, one with other data is left alone.
     meta_path, model_path = args.out / "meta.json", args.out / "tokenizer.model"
     try:
@@ -247,16 +275,18 @@ def prepare(args):
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         old, python = {}, None  # none, or not ours
     same = old.get("settings") == settings
-    if same and old.get("complete"):
-        print(f"{args.out} is ready: nothing to do")
-        return
-    if old.get("complete") and old["settings"] == {**settings, "python": python}:
-        print(f"{args.out} is ready; its text is the library of Python {python}, this is "
-              f"{settings['python']}")
+    if old.get("complete") and (same or old["settings"] == {**settings, "python": python}):
+        print(f"{args.out} is ready" + (": nothing to do" if same else "; its text is the library "
+              f"of Python {python}, this is {settings['python']}"))
         return
     if not same and (any(args.out.glob("*.bin")) or (model_path.exists() and not old)):
         fail(f"{args.out} holds data of other settings or files: choose another --out")
 
+    args.val_text = None
+    if not any(documents(args, "val")):  # there are few: the longest is for validation
+        args.val_text = max(documents(args, "train"), key=len, default=None)
+    if not any(documents(args, "train")):
+        fail("no documents for training: give it more text, or another --val_fraction")
     try:
         model = model_path.read_bytes() if same and model_path.exists() else tokenizer_model(args)
         t = Tokenizer(args.tokenizer, model)
@@ -267,7 +297,6 @@ def prepare(args):
         t.pad_id, t.vocab_size = t.vocab_size, t.vocab_size + 1
     if t.eos_id < 0 or t.vocab_size > 65536:
         fail(f"--tokenizer={args.tokenizer}: needs an end-of-sequence piece, at most 65,536 pieces")
-    args.out.mkdir(parents=True, exist_ok=True)
     write(meta_path, json.dumps({"complete": False, "settings": settings}, indent=1).encode())
     if model is not None:
         write(model_path, model)
@@ -289,13 +318,12 @@ def prepare(args):
             meta["shards"][split] += 1
             meta["documents"][split] += len(texts)
             meta["tokens"][split] += len(tokens)
-        if not meta["documents"][split]:
-            fail(f"no documents for {split}: give it more text, or another --val_fraction")
     # The last counts are those of the training set. Padding does not count.
     padding = int(counts[t.pad_id]) if args.layout == "rows" else 0
     meta["padding_share"] = padding / meta["tokens"]["train"]
     counts[t.pad_id] -= padding
-    np.save(args.out / "token_counts.npy", counts)
+    np.save(npy := io.BytesIO(), counts)
+    write(args.out / "token_counts.npy", npy.getvalue())
     write(meta_path, json.dumps(meta, indent=1).encode())
     print(f"{args.out}: {meta['tokens']['train']:,} training tokens, {meta['padding_share']:.0%} "
           f"padding; {meta['tokens']['val']:,} for validation; vocabulary {t.vocab_size:,}")

@@ -1,19 +1,19 @@
 """Heavy-tailed class imbalance on small problems (Kunstner et al. 2024, arXiv 2402.19449).
 
-    python -m experiments.heavy_tails                             # all but mnist: two minutes
-    python -m experiments.heavy_tails softmax --m=11 --steps=1000 # the paper's size, for a GPU
-    python -m experiments.heavy_tails mnist --data=data/mnist --bits=4 --steps=300
+    python -m experiments.heavy_tails                             # all but large: two minutes
+    python -m experiments.heavy_tails large --steps=300           # the paper's size: two hours
+    python -m experiments.heavy_tails softmax --m=11 --steps=1000 # with the search, for a GPU
 
 quadratic, rates: two problems with known solutions. softmax: the loss by class frequency under ten
-optimizers; reweighted: with rare classes weighted up; hessian: its gradient and Hessian. mnist: ten
-digits beside many rare classes with barcodes. Each writes results/toy/NAME.md, .json and .png.
+optimizers; reweighted: with rare classes weighted up; hessian: its gradient and Hessian. large:
+softmax at the paper's size and step sizes, which goes on where it was stopped. Each writes
+results/toy/NAME.md, .json and .png. Images are in images.py.
 """
 import argparse
-import gzip
 import math
+import os
 import shlex
 import time
-import zlib
 from functools import cache, partial
 from pathlib import Path
 
@@ -40,77 +40,118 @@ def clipped_sgd(params, lr, update_clip=None):
     return ClippedSGD(groups, lr, update_clip=update_clip)
 
 
-# name: direction, optimizer, and where the search for the step size starts, for softmax regression
-# with m = 11 and for MNIST. These are the paper's step sizes, those of the last two ours.
+# name: direction, optimizer, and where the search for the step size starts with m = 11: the
+# paper's step sizes, those of the last two ours
 OPTIMIZERS = {
-    "GD": ("gradient", SGD, 10**-2.5, 10**-1.5),
-    "GD, momentum": ("gradient", partial(SGD, momentum=0.9), 10**-3, 10**-2),
-    "normalized GD": ("normalized", SGD, 10**-1, 1.0),
-    "normalized GD, momentum": ("normalized", partial(SGD, momentum=0.9), 10**-1.5, 1.0),
-    "sign descent": ("sign", SGD, 10**-5, 10**-2),
-    "sign descent, momentum": ("sign", partial(SGD, momentum=0.9), 10**-5, 10**-3.5),
-    "Adam, beta1 = 0": ("gradient", partial(Adam, betas=(0.0, 0.999)), 10**-4, 10**-2.5),
-    "Adam": ("gradient", partial(Adam, betas=(0.9, 0.999)), 10**-3.5, 10**-2.5),
-    "SGD, token clip": ("gradient", clipped_sgd, 10**0.5, None),
+    "GD": ("gradient", SGD, 10**-2.5),
+    "GD, momentum": ("gradient", partial(SGD, momentum=0.9), 10**-3),
+    "normalized GD": ("normalized", SGD, 10**-1),
+    "normalized GD, momentum": ("normalized", partial(SGD, momentum=0.9), 10**-1.5),
+    "sign descent": ("sign", SGD, 10**-5),
+    "sign descent, momentum": ("sign", partial(SGD, momentum=0.9), 10**-5),
+    "Adam, beta1 = 0": ("gradient", partial(Adam, betas=(0.0, 0.999)), 10**-4),
+    "Adam": ("gradient", partial(Adam, betas=(0.9, 0.999)), 10**-3.5),
+    "SGD, token clip": ("gradient", clipped_sgd, 10**0.5),
     # at a learning rate of 100 the update clip binds, so that it is the step size
-    "clipped SGD": ("gradient", lambda params, clip: clipped_sgd(params, 100.0, clip), 1e-4, 1e-3),
+    "clipped SGD": ("gradient", lambda params, clip: clipped_sgd(params, 100.0, clip), 1e-4),
 }
 
 
 class Problem:
     """A network and all of its data: inputs X [n, ...], labels int64 [n], and the frequency group
     of each class, int64 [classes], 0 the most frequent. Samples have weights pi^-weighting, where
-    pi is the frequency of their class, with a sum of 1. `chunk` of them are in a forward pass."""
+    pi is the frequency of their class. `chunk` of them are in a forward pass, in bf16 or fp32."""
 
-    def __init__(self, net, X, labels, group, weighting=0.0, chunk=10**6):
-        self.net, self.X, self.labels, self.group, self.chunk = net, X, labels, group, chunk
-        weights = labels.bincount().float()[labels] ** -weighting
-        self.weights = weights / weights.sum()
+    def __init__(self, net, X, labels, group, weighting=0.0, chunk=10**6, bf16=False):
+        self.net, self.X, self.labels, self.group = net, X, labels, group
+        self.weights = labels.bincount().float()[labels] ** -weighting
+        self.chunk, self.bf16 = chunk, bf16
 
-    def backward(self):
-        """Set the gradients of the weighted loss. Returns the loss of each sample, nats [n]."""
+    def backward(self, rows=slice(None)):
+        """Set the gradients of the weighted mean loss of these samples. Returns the loss of each,
+        nats, and whether it is classified correctly."""
         self.net.zero_grad()
-        losses = []
-        data = (self.X, self.labels, self.weights)
+        losses, correct = [], []
+        X, labels, weights = self.X[rows], self.labels[rows], self.weights[rows]
+        data = X, labels, weights / weights.sum()
         for x, y, weights in zip(*[t.split(self.chunk) for t in data]):
-            loss = nn.functional.cross_entropy(self.net(x), y, reduction="none")
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=self.bf16):
+                logits = self.net(x).float()
+            loss = nn.functional.cross_entropy(logits, y, reduction="none")
             (loss * weights).sum().backward()
             losses.append(loss.detach())
-        return torch.cat(losses)
+            correct.append(logits.argmax(1) == y)
+        return torch.cat(losses), torch.cat(correct)
 
 
-def descend(problem, name, step_size):
-    """Yield the loss of each sample [n], nats, before each step, until the run diverges."""
-    direction, make_optimizer, *_ = OPTIMIZERS[name]
-    optimizer = make_optimizer(list(problem.net.parameters()), step_size)
-    while (losses := problem.backward()).mean() < 2 * math.log(len(problem.group)):
+def make_optimizer(problem, name, step_size):
+    return OPTIMIZERS[name][1](list(problem.net.parameters()), step_size)
+
+
+def take_step(problem, name, optimizer):
+    direction, grads = OPTIMIZERS[name][0], [p.grad for p in problem.net.parameters()]
+    if direction == "normalized":  # by one norm over all parameters
+        torch._foreach_div_(grads, nn.utils.get_total_norm(grads))
+    if direction == "sign":
+        torch._foreach_sign_(grads)
+    optimizer.step()
+
+
+def descend(problem, name, optimizer):
+    """Yield the loss of each sample [n], nats, before each step, until the run diverges: its mean
+    exceeds twice the loss of a uniform guess."""
+    while (losses := problem.backward()[0]).mean() < 2 * math.log(len(problem.group)):
         yield losses
-        grads = [p.grad for p in problem.net.parameters()]
-        if direction == "normalized":  # by one norm over all parameters
-            torch._foreach_div_(grads, nn.utils.get_total_norm(grads))
-        if direction == "sign":
-            torch._foreach_sign_(grads)
-        optimizer.step()
+        take_step(problem, name, optimizer)
 
 
-def train(problem, name, step_size, steps):
-    """Returns the mean loss of all samples [steps + 1] and of each group [steps + 1, groups], nats.
-    They are infinite once the loss exceeds twice that of a uniform guess: the run diverged."""
-    group = problem.group[problem.labels]
-    losses = torch.full((steps + 1,), math.inf)
-    groups = torch.full((steps + 1, int(group.max()) + 1), math.inf)
-    for step, sample_losses in zip(range(steps + 1), descend(problem, name, step_size)):
-        losses[step] = sample_losses.mean()
-        groups[step] = group.bincount(sample_losses) / group.bincount()
-    return losses, groups
+def train(problem, name, step_size, steps, path=None):
+    """Returns the mean loss of all samples [steps + 1] and of each group [steps + 1, groups], nats,
+    infinite once the run diverged. With a path the run is saved every 25 steps, and continues."""
+    optimizer = make_optimizer(problem, name, step_size)
+    group, history = problem.group[problem.labels], []  # of every step: the mean, the groups
+    if path and path.exists():
+        history = load(path, problem.net, optimizer)
+    if len(history) <= steps:
+        for losses in descend(problem, name, optimizer):
+            if path and history and (len(history) % 25 == 0 or len(history) == steps):
+                save(path, problem.net, optimizer, history)
+            by_group = (group.bincount(losses) / group.bincount()).tolist()
+            history.append([losses.mean().item(), *by_group])
+            if len(history) > steps:
+                break
+    diverged = [[math.inf] * (1 + int(group.max() + 1))] * (steps + 1 - len(history))
+    table = torch.tensor(history[:steps + 1] + diverged)
+    return table[:, 0], table[:, 1:]
 
 
-def tune(make, name, start, steps):
-    """Train make(), a fresh problem, at the step size of LR_GRID next to `start`, lower while it
-    diverges, then at the better neighbour. Returns the best step size and its losses by train()."""
+def save(path, net, optimizer, history):
+    """A checkpoint of a run, whole or not at all."""
+    path.parent.mkdir(exist_ok=True)
+    state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
+    torch.save(state, tmp := path.with_name(path.name + ".tmp"))
+    os.replace(tmp, path)
+    print(f"{path}: {len(history)} steps, {time.strftime('%H:%M:%S')}", flush=True)
+
+
+def load(path, net, optimizer):
+    try:
+        state = torch.load(path, weights_only=True)
+        net.load_state_dict(state["net"])
+        optimizer.load_state_dict(state["optimizer"])
+        return state["history"]
+    except Exception as e:  # a torn or foreign file fails in many ways
+        raise UserError(f"{path} is damaged or another run's ({type(e).__name__}): move it to "
+                        "another folder, and the run starts again") from None
+
+
+def tune(train, name, start):
+    """train(step_size) at the step size of LR_GRID next to `start`, lower while that diverges, then
+    at the better neighbour. Returns the best step size and what train() returned for it, of which
+    the first is the losses."""
     @cache
     def run(i):
-        return train(make(), name, LR_GRID[i], steps)
+        return train(LR_GRID[i])
 
     def final_loss(i):
         return run(i)[0][-1].item()
@@ -127,9 +168,12 @@ def tune(make, name, start, steps):
 
 
 def page(title, caption, rows, draw, panels):
-    """A page with a table of the rows, dicts with the same keys."""
-    cells = [[f"{x:.4f}" if isinstance(x, float) and key != "step size" else str(x)
+    """A page with a table of the rows, dicts with the same keys; infinite: the run diverged."""
+    cells = [["diverged" if x in (math.inf, -math.inf) else
+              f"{x:.4f}" if isinstance(x, float) and key != "step size" else str(x)
               for key, x in row.items()] for row in rows]
+    rows = [{key: None if x in (math.inf, -math.inf) else x for key, x in row.items()}
+            for row in rows]
     table = markdown_table(list(rows[0]), cells)
     return ExperimentResult(title, table, rows, [], caption, draw, panels)
 
@@ -147,9 +191,9 @@ def line_page(title, caption, rows, panels, columns, shape, **settings):
     return page(title, caption, rows, draw, shape)
 
 
-def frequency_page(title, caption, runs, groups, shown):
+def frequency_page(title, caption, runs, groups, shown, step_sizes):
     """The page of runs {name: what tune() returns} with the losses of groups {label: index},
-    frequent to rare. The picture has one panel for each of the six runs in `shown`."""
+    frequent to rare. The picture has a panel for each of the three or six runs in `shown`."""
     rows, panels = [], {}
     for name, (step_size, losses, by_group) in runs.items():
         rows.append({"method": name, "step size": step_size, "loss": losses[-1].item(),
@@ -157,11 +201,11 @@ def frequency_page(title, caption, runs, groups, shown):
                      "decrease of the rarest": (1 - by_group[-1, -1] / by_group[0, -1]).item()})
         if name in shown:
             panels[f"{name}, step size {step_size:.3g}"] = by_group
-    caption += (f" One run of {len(losses) - 1} full-batch steps per row, at the best step size of "
-                "a grid in factors of sqrt(10). Runs that oscillate amplify rounding errors: their "
-                "numbers change with the processor and the number of threads.")
-    return line_page(title, caption, rows, panels, groups, (2, 3), ylabel="loss (nats)",
-                     ylim=(0, 1.3 * by_group[0].max().item()))
+    caption += (f" One run of {len(losses) - 1} full-batch steps per row, at {step_sizes}. Runs "
+                "that oscillate amplify rounding errors: their numbers change with the processor "
+                "and the number of threads.")
+    return line_page(title, caption, rows, panels, groups, (len(panels) // 3, 3),
+                     ylabel="loss (nats)", ylim=(0, 1.3 * by_group[0].max().item()))
 
 
 # ---- problems with known solutions ----
@@ -244,19 +288,25 @@ def softmax_problem(m, weighting=0.0):
     return Problem(net, X, labels, group, weighting)
 
 
+def paper_step_size(name, m):
+    return OPTIMIZERS[name][2] * 12 * 2**11 / ((m + 1) * 2**m)  # half the inputs, twice the step
+
+
 @cache
 def solve(name, m, steps, weighting=0.0):
     """Softmax regression at the optimizer's best step size, as tune() returns it."""
-    start = OPTIMIZERS[name][2] * 12 * 2**11 / ((m + 1) * 2**m)  # half the inputs, twice the step
-    return tune(partial(softmax_problem, m, weighting), name, start, steps)
+    def run(step_size):
+        return train(softmax_problem(m, weighting), name, step_size, steps)
+    return tune(run, name, paper_step_size(name, m))
 
 
-def softmax_page(title, caption, m, runs, shown):
+def softmax_page(title, caption, m, runs, shown,
+                 step_sizes="the best step size of a grid in factors of sqrt(10)"):
     caption = (f"Linear softmax regression, 2^i classes of 2^(m-i) samples for i = 0 ... m-1, "
                f"m = {m}. {caption}")
     groups = {f"most frequent class, {2**m} samples": 0, "4 samples per class": m - 2,
               "rarest group, 2 samples per class": m - 1}
-    return frequency_page(title, caption, runs, groups, shown)
+    return frequency_page(title, caption, runs, groups, shown, step_sizes)
 
 
 def softmax(m, steps):
@@ -267,6 +317,23 @@ def softmax(m, steps):
         "and Adam learn all alike. Not in that paper: clipped SGD (SGD-LL), and its row-wise "
         "clipping of the output layer's momentum (token clip) alone.")
     return softmax_page("Softmax regression: loss by class frequency", caption, m, runs, shown)
+
+
+def large(m, steps):
+    """Three methods at the paper's step sizes. runs/large-m11-GD.pt and so on are checkpoints: the
+    same command, also with more steps, continues from them."""
+    runs = {}
+    for name in ("GD", "sign descent", "Adam"):
+        problem = softmax_problem(m)
+        problem.X, problem.chunk, problem.bf16 = problem.X.bfloat16(), 4096, True
+        path = Path(f"runs/large-m{m}-{name.replace(' ', '-')}.pt")
+        step_size = paper_step_size(name, m)
+        runs[name] = step_size, *train(problem, name, step_size, steps, path)
+    caption = (
+        "Kunstner et al. 2024 (m = 11, 1,000 steps): GD hardly learns the rare classes, sign "
+        "descent and Adam learn all alike. Matrix products in bfloat16, weights in fp32.")
+    return softmax_page("Softmax regression at the paper's step sizes", caption, m, runs,
+                        tuple(runs), "the paper's step size for m = 11, without a search")
 
 
 def reweighted(m, steps):
@@ -307,7 +374,8 @@ def hessian(m, steps):
     for name in ("Adam", "GD"):
         step_size = solve(name, m, steps)[0]
         problem = softmax_problem(m)
-        for t, _ in zip(range(101), descend(problem, name, step_size)):
+        optimizer = make_optimizer(problem, name, step_size)
+        for t, _ in zip(range(101), descend(problem, name, optimizer)):
             if t in (0, 1, 5, 10, 50, 100):
                 row = {"path": name, "step size": step_size, "t": t}
                 for at, sign in (("W", 1), ("-W", -1)):
@@ -343,113 +411,53 @@ def hessian(m, steps):
     return page("Gradient norm against Hessian trace, by class", caption, rows, draw, (2, 3))
 
 
-# ---- barcoded MNIST ----
-
-def read_mnist(folder):
-    """Images uint8 [n, 28, 28] and labels uint8 [n] of MNIST's training set, gzip'd IDX files."""
-    arrays = []
-    for name, ndim in (("images-idx3", 3), ("labels-idx1", 1)):
-        path = Path(folder) / f"train-{name}-ubyte.gz"
-        try:
-            data = gzip.decompress(path.read_bytes())
-            if data[:4] != bytes([0, 0, 8, ndim]):
-                raise ValueError("not an IDX file of bytes")
-            sizes = np.frombuffer(data, ">u4", count=ndim, offset=4)
-            arrays.append(np.frombuffer(data, np.uint8, offset=4 + 4 * ndim).reshape(sizes))
-        except (OSError, EOFError, ValueError, zlib.error) as e:
-            raise UserError(f"cannot read {path} ({e}): `python data/prepare.py mnist --out=DIR` "
-                            "gets MNIST's files, then give --data=DIR") from None
-    images, labels = arrays
-    if images.shape != (len(labels), 28, 28) or labels.max(initial=0) > 9:
-        raise UserError(f"{folder} has images of {images.shape} and {len(labels)} labels up to "
-                        f"{labels.max(initial=0)}: prepare MNIST again in another folder")
-    return images, labels
-
-
-def barcoded(images, labels, bits, each=5):
-    """Images uint8 [n, 28, 28] and their classes int64 [n]. Half are digits, classes 0 to 9; class
-    10 + 10 * code + digit has `each` images of a digit with `code` in the first `bits` pixels of
-    row 0. Which images these are, and that all ten digits are equally frequent, is ours."""
-    rng = np.random.default_rng(0)
-    digits = [np.flatnonzero(labels == digit) for digit in range(10)]
-    many = min(each * 2**bits, 5000)  # the paper's 5,000 at 10 bits
-    if min(map(len, digits)) < many:
-        raise UserError(f"there are {[len(d) for d in digits]} of the digits, and --bits={bits} "
-                        f"needs {many} of each: choose fewer bits")
-    plain = np.concatenate([rng.permutation(d)[:many] for d in digits])
-    chosen = np.concatenate([rng.permutation(d)[:each] for _ in range(2**bits) for d in digits])
-    code = np.repeat(np.arange(2**bits), 10 * each)
-    marked = images[chosen]
-    marked[:, 0, :bits] = 255 * (code[:, None] >> np.arange(bits) & 1)
-    classes = np.concatenate([labels[plain].astype(np.int64), 10 + 10 * code + labels[chosen]])
-    return np.concatenate([images[plain], marked]), classes
-
-
-def mnist_problem(images, classes, chunk=100 if DEVICE == "cpu" else 10_000):
-    """The paper's CNN. Group 0 is the ten digits, group 1 the classes with barcodes."""
-    X = torch.from_numpy(images)[:, None].float().to(DEVICE) / 255
-    labels = torch.from_numpy(classes).to(DEVICE)
-    group = (torch.arange(classes.max() + 1, device=DEVICE) >= 10).long()
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(1, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(32, 100, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(4900, len(group))).to(DEVICE)
-    return Problem(net, X, labels, group, chunk=chunk)
-
-
-def mnist(bits, steps, data):
-    images, classes = barcoded(*read_mnist(data), bits)
-    runs = {name: tune(partial(mnist_problem, images, classes), name, start, steps)
-            for name, (*_, start) in OPTIMIZERS.items() if start}
-    caption = (
-        f"Barcoded MNIST, {bits} bits: {len(images):,} images of {classes.max() + 1:,} "
-        "classes, a CNN. Kunstner et al. 2024 (10 bits): GD does not learn the rare classes, sign "
-        "descent and Adam do. Clipped SGD (SGD-LL) is not in that paper.")
-    shown = ("GD", "GD, momentum", "normalized GD", "sign descent", "Adam", "clipped SGD")
-    return frequency_page("Barcoded MNIST: loss by class frequency", caption, runs,
-                          {"ten digits": 0, "barcoded classes": 1}, shown)
-
-
 # each with the settings it has and their defaults; other values are in the page's name
 EXPERIMENTS = {
     "quadratic": partial(quadratic, steps=200), "rates": partial(rates),
     "softmax": partial(softmax, m=7, steps=200), "hessian": partial(hessian, m=7, steps=200),
-    "reweighted": partial(reweighted, m=7, steps=200),
-    "mnist": partial(mnist, bits=4, steps=300, data=Path("data/mnist"))}
+    "reweighted": partial(reweighted, m=7, steps=200), "large": partial(large, m=11, steps=300)}
 
 
-def main():
+def positive(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)
+
+
+def main(module="heavy_tails", about=__doc__, experiments=EXPERIMENTS, default="all but large",
+         settings={"m": {"type": int, "choices": range(3, 13), "help": "groups [7, large 11]"},
+                   "steps": {"type": positive, "help": "[200, large 300]"}},
+         folder="toy"):
+    """The command line of this file, and of images.py."""
     parser = argparse.ArgumentParser(
-        description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
+        f"{module}.py", usage=argparse.SUPPRESS, description=about, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="default: all but mnist")
-    parser.add_argument("--m", type=int, choices=range(3, 13), help="groups [7]")
-    parser.add_argument("--bits", type=int, choices=range(1, 11), help="of barcodes [4]")
-    parser.add_argument("--steps", type=int, help="[200, mnist 300]")
-    parser.add_argument("--data", type=Path, help="MNIST's folder [data/mnist]")
+    parser.add_argument("names", nargs="*", help=f"default: {default}")
+    for name, options in settings.items():
+        parser.add_argument(f"--{name}", **options)
     given = {k: v for k, v in vars(parser.parse_args()).items() if v is not None}
-    names = given.pop("names") or [name for name in EXPERIMENTS if name != "mnist"]
-    for name in set(names) - set(EXPERIMENTS):
-        parser.error(f"no experiment {name}: choose from {', '.join(EXPERIMENTS)}")
+    names = given.pop("names") or [name for name in experiments if name != "large"]
+    for name in set(names) - set(experiments):
+        parser.error(f"no experiment {name}: choose from {', '.join(experiments)}")
     for key in given:
-        if without := [name for name in names if key not in EXPERIMENTS[name].keywords]:
+        if without := [name for name in names if key not in experiments[name].keywords]:
             parser.error(f"--{key} does nothing for {', '.join(without)}")
-    if given.get("steps", 1) < 1:
-        parser.error("--steps must be at least 1")
     torch.set_flush_denormal(True)  # probabilities below 1e-38 are slow, and nothing here
     for name in names:
         began = time.perf_counter()
         try:
-            result = EXPERIMENTS[name](**given)
+            result = experiments[name](**given)
         except UserError as e:
             parser.exit(1, f"{name}: {e}\n")
         source = (f"{hardware(DEVICE)}; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}; "
                   f"{time.perf_counter() - began:.0f} s")
-        changed = [f"{k}={v}" for k, v in given.items() if v != EXPERIMENTS[name].keywords[k]]
-        words = ["python", "-m", "experiments.heavy_tails", name, *(f"--{x}" for x in changed)]
-        stem = "-".join([name, *changed]).replace("=", "").replace("/", "-")
-        write_page(Path("results/toy") / stem, result, result.caption, source, shlex.join(words))
+        defaults = experiments[name].keywords
+        changed = {k: v for k, v in given.items() if v != defaults[k]}
+        words = ["python", "-m", f"experiments.{module}", name,
+                 *(f"--{k}={v}" for k, v in changed.items())]
+        stem = name + "".join(f"-{k}{Path(str(v)).name}" for k, v in changed.items()
+                              if k != "data" or v.name != defaults[k].name)
+        write_page(Path("results", folder, stem), result, result.caption, source, shlex.join(words))
 
 
 if __name__ == "__main__":

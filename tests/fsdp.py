@@ -1,11 +1,13 @@
-"""Under torchrun: ClippedSGD takes the same steps with FSDP2's sharded parameters."""
+"""Under torchrun: ClippedSGD takes the same steps with FSDP2's sharded parameters, all or some."""
 import os
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import Config, LLaMA  # noqa: E402
@@ -17,34 +19,41 @@ def main():
     rank, size = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(0)
     batches = torch.randint(97, (5, 2 * size, 17), generator=generator)  # 5 steps
+    line = init_device_mesh("cpu", (size,))
+    grid = init_device_mesh("cpu", (size, 1), mesh_dim_names=("replicate", "shard"))
+    shardings = {  # the mesh of each part: the two layers, and the rest of the model
+        "nothing": (None, None, None), "everything": (line, line, line),
+        "only the layers, on two meshes": (line, grid, None)}
     for foreach in (True, False):
         models = []
-        for shard in (False, True):
+        for meshes in shardings.values():
             torch.manual_seed(0)
             model = LLaMA(Config(hidden=32, ffn=48, layers=2, heads=4, vocab_size=97))
-            if shard:
-                for part in (*model.model.layers, model):
-                    fully_shard(part)
+            for part, mesh in zip((*model.model.layers, model), meshes):
+                if mesh:
+                    fully_shard(part, mesh=mesh)
             optimizer = build_optimizer("clipped_sgd", model, lr=100.0, token_clip=1e-2,
                                         update_clip=1e-3)
-            optimizer.track_clipping = True
             for group in optimizer.param_groups:
                 group["foreach"] = foreach
             for batch in batches:
-                batch = batch.chunk(size)[rank] if shard else batch
+                batch = batch.chunk(size)[rank]
                 x, y = batch[:, :-1], batch[:, 1:]
                 (model(x, y) / y.numel()).backward()
+                for p in model.parameters():
+                    if not isinstance(p, DTensor):  # FSDP2 averages only what it shards
+                        dist.all_reduce(p.grad)
+                        p.grad /= size
                 optimizer.step()
+                fractions = [float(v) for v in optimizer.clip_fraction.values()]
                 optimizer.zero_grad()
-            fractions = [float(v.full_tensor() if shard else v)
-                         for v in optimizer.clip_fraction.values()]
             assert 0 < min(fractions) and max(fractions) < 1, fractions  # some clipped, not all
-            models.append((fractions, dict(model.named_parameters())))
-        (fractions, whole), (sharded_fractions, sharded) = models
-        assert fractions == sharded_fractions
-        for name, p in whole.items():
-            gathered = sharded[name].full_tensor()
-            torch.testing.assert_close(gathered, p.detach(), rtol=1e-5, atol=1e-6)
+            weights = [p.full_tensor() if isinstance(p, DTensor) else p.detach()
+                       for p in model.parameters()]
+            models.append((fractions, weights))
+        for (fractions, weights), sharding in zip(models, shardings):
+            assert fractions == models[0][0], sharding
+            torch.testing.assert_close(weights, models[0][1], rtol=1e-5, atol=1e-6, msg=sharding)
     if rank == 0:
         print("equal", size)
     dist.destroy_process_group()

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / "data"))
 import prepare  # noqa: E402
 import sample  # noqa: E402
 from checkpoint import Dist, RunDir  # noqa: E402
-from experiments.heavy_tails import read_mnist  # noqa: E402
+from experiments.images import read_mnist  # noqa: E402
 from loader import TokenDataset, UserError, read_meta, token_counts  # noqa: E402
 from model import Config, LLaMA  # noqa: E402
 from optim import build_optimizer  # noqa: E402

@@ -1,7 +1,7 @@
-import gzip
 import json
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from conftest import experiment, one_line
 from experiments import heavy_tails
 from experiments.sweep import LR_GRID, next_above, next_below
-from loader import UserError
 
 
 def test_the_data_has_the_sizes_of_the_paper():
@@ -37,8 +36,9 @@ def test_gradients_are_those_of_the_weighted_loss(a, chunk):
     weights = pi**-a / (pi**-a).sum()
     logits = problem.X @ W.T + b
     residual = weights[:, None] * (logits.softmax(1) - F.one_hot(problem.labels))
-    losses = problem.backward()
+    losses, correct = problem.backward()
     torch.testing.assert_close(losses, F.cross_entropy(logits, problem.labels, reduction="none"))
+    assert torch.equal(correct, logits.argmax(1) == problem.labels)
     torch.testing.assert_close(problem.net[-1].weight.grad, residual.T @ problem.X)
     torch.testing.assert_close(problem.net[-1].bias.grad, residual.sum(0))
 
@@ -125,14 +125,14 @@ def test_correlation():
 
 
 def test_the_search_finds_a_step_size_with_worse_neighbours():
-    def make():
-        return heavy_tails.softmax_problem(3)
+    def train(step_size):
+        return heavy_tails.train(heavy_tails.softmax_problem(3), "GD", step_size, 30)
 
     def final(step_size):
-        return heavy_tails.train(make(), "GD", step_size, 30)[0][-1].item()
+        return train(step_size)[0][-1].item()
 
-    best, losses, groups = heavy_tails.tune(make, "GD", 10**-2.5, 30)
-    assert heavy_tails.tune(make, "GD", 1e4, 30)[0] == best  # from where all diverge, too
+    best, losses, groups = heavy_tails.tune(train, "GD", 10**-2.5)
+    assert heavy_tails.tune(train, "GD", 1e4)[0] == best  # from where all diverge, too
     assert losses[-1].item() == final(best) < final(next_below(LR_GRID, best))
     assert final(best) < final(next_above(LR_GRID, best))
     assert final(1e4) == math.inf
@@ -171,13 +171,40 @@ def test_a_page_is_named_by_the_settings_that_are_not_the_default(
     assert path.stem == stem and page["rows"][-1]["GD: w_k"] == pytest.approx(0.999**steps)
 
 
+def test_large_continues_from_its_checkpoints(tmp_path, monkeypatch, capsys):
+    """60 steps at once, and 30 steps first, of which the last 25 are saved, give the same page."""
+    pages = []
+    for folder, all_steps in (("once", [60]), ("twice", [30, 60])):
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        for steps in all_steps:
+            main(monkeypatch, "large", "--m=3", f"--steps={steps}")
+        page = json.loads(Path("results/toy/large-m3-steps60.json").read_text())
+        pages.append(page["rows"])
+    assert "runs/large-m3-sign-descent.pt: 25 steps" in capsys.readouterr().out
+    assert pages[0] == pages[1] and [row["method"] for row in pages[0]] == [
+        "GD", "sign descent", "Adam"]
+    # the paper's step sizes at m = 11, as much larger as there are fewer inputs: too large for GD
+    for row, step_size in zip(pages[0], (10**-2.5, 10**-5, 10**-3.5)):
+        assert row["step size"] == pytest.approx(step_size * 12 * 2**11 / (4 * 2**3))
+        losses, _ = heavy_tails.train(heavy_tails.softmax_problem(3), row["method"],
+                                      row["step size"], 60)
+        in_fp32 = losses[-1].item()
+        assert (row["loss"] or math.inf) == pytest.approx(in_fp32, rel=0.1)
+    assert pages[0][0]["loss"] is None
+
+    path = Path("runs/large-m3-Adam.pt")
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(SystemExit, match="1"):
+        main(monkeypatch, "large", "--m=3", "--steps=61")
+    assert capsys.readouterr().err.startswith(f"large: {path} is damaged")
+
+
 @pytest.mark.parametrize("words, message", [
     ("quadratic --m=7", "--m does nothing for quadratic"),
     ("softmax quadratic rates --m=8", "--m does nothing for quadratic, rates"),
     ("rates --steps=10", "--steps does nothing for rates"),
-    ("softmax --bits=4", "--bits does nothing for softmax"),
-    ("hessian --data=data/mnist", "--data does nothing for hessian"),
-    ("mnist --m=7", "--m does nothing for mnist")])
+    ("rates --m=7 --steps=3", "--m does nothing for rates")])
 def test_a_setting_that_does_nothing_is_refused(monkeypatch, capsys, words, message):
     with pytest.raises(SystemExit, match="2"):
         main(monkeypatch, *words.split())
@@ -186,103 +213,8 @@ def test_a_setting_that_does_nothing_is_refused(monkeypatch, capsys, words, mess
 
 @pytest.mark.parametrize("words, expected", [
     (["softmin"], ["softmin", "choose from quadratic"]), (["quadratic", "--steps=0"], ["--steps"]),
-    (["--bits=3"], ["--bits does nothing for quadratic, rates, softmax, hessian, reweighted"])])
+    (["--m=7"], ["--m does nothing for quadratic, rates"]), (["softmax", "--m=2"], ["--m"])])
 def test_bad_options_are_one_line(tmp_path, words, expected):
     done = experiment("heavy_tails", *words, cwd=tmp_path)
     one_line(done, *expected)
     assert done.returncode == 2 and not list(tmp_path.iterdir())
-
-
-# ---- barcoded MNIST
-
-def idx(array):
-    sizes = np.array(array.shape, ">u4").tobytes()
-    return b"\0\0\x08" + bytes([array.ndim]) + sizes + array.tobytes()
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """200 images of noise in MNIST's files; the label is in the brightness."""
-    labels = np.arange(200, dtype=np.uint8) % 10
-    noise = np.random.default_rng(0).integers(0, 100, (200, 28, 28))
-    images = (noise + 15 * labels[:, None, None]).astype(np.uint8)
-    for name, array in (("images-idx3", images), ("labels-idx1", labels)):
-        (tmp_path / f"train-{name}-ubyte.gz").write_bytes(gzip.compress(idx(array)))
-    return tmp_path
-
-
-def test_barcodes_classes_and_counts(folder):
-    images, labels = heavy_tails.read_mnist(folder)
-    X, y = heavy_tails.barcoded(images, labels, bits=2, each=3)
-    assert X.shape == (240, 28, 28) and np.bincount(y).tolist() == [12] * 10 + [3] * 40
-    digits = {image.tobytes(): label for image, label in zip(images, labels)}
-    assert all(digits[x.tobytes()] == c for x, c in zip(X[:120], y[:120]))
-    for x, c in zip(X[120:], y[120:]):
-        code, digit = divmod(int(c) - 10, 10)
-        assert x[0, :2].tolist() == [255 * (code & 1), 255 * (code >> 1)]
-        same = [image for image in images[labels == digit]
-                if (image[1:] == x[1:]).all() and (image[0, 2:] == x[0, 2:]).all()]
-        assert len(same) == 1
-    with pytest.raises(UserError, match="--bits=10 needs 5000"):
-        heavy_tails.barcoded(images, labels, bits=10)
-
-
-def test_gradients_of_the_cnn_in_chunks_are_those_of_the_mean_loss(folder):
-    images, classes = heavy_tails.barcoded(*heavy_tails.read_mnist(folder), bits=1)
-    problem = heavy_tails.mnist_problem(images, classes, chunk=7)
-    losses = problem.backward()
-    grads = [p.grad.clone() for p in problem.net.parameters()]
-    problem.net.zero_grad()
-    inputs = torch.from_numpy(images)[:, None] / 255.0
-    F.cross_entropy(problem.net(inputs), problem.labels).backward()
-    for grad, p in zip(grads, problem.net.parameters()):
-        torch.testing.assert_close(grad, p.grad, rtol=1e-3, atol=1e-5)
-    assert problem.net[-1].weight.shape == (30, 4900)
-    assert problem.group.tolist() == [0] * 10 + [1] * 20
-    rare = problem.group[problem.labels] == 1
-    assert rare.float().mean() == 0.5 and losses.shape == (200,)
-
-
-@pytest.mark.parametrize("data", ["data/mnist", "my/mnist b"])
-def test_the_page_of_barcoded_mnist(folder, tmp_path, monkeypatch, data):
-    few = {name: heavy_tails.OPTIMIZERS[name] for name in ("normalized GD", "Adam", "clipped SGD")}
-    monkeypatch.setattr(heavy_tails, "OPTIMIZERS", few)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / data).parent.mkdir()
-    (tmp_path / data).symlink_to(folder)
-    main(monkeypatch, "mnist", f"--data={data}", "--bits=1", "--steps=1")
-    picture, = (tmp_path / "results" / "toy").glob("*.png")
-    # another folder is in the name and in the command
-    other = data != "data/mnist"
-    assert picture.stem == "mnist-bits1-steps1" + "-datamy-mnist b" * other
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    text = picture.with_suffix(".md").read_text()
-    assert "mnist --bits=1 --steps=1" + " '--data=my/mnist b'" * other + "`" in text
-    assert "200 images of 30 classes" in text
-    rows = json.loads(picture.with_suffix(".json").read_text())["rows"]
-    assert len(rows) == 3 and all(row["loss"] < math.log(30) + 1 for row in rows)
-
-
-def test_bad_files_are_named(folder, tmp_path):
-    path = folder / "train-images-idx3-ubyte.gz"
-    packed = path.read_bytes()
-    good = gzip.decompress(packed)
-    for bad in (good[:-1], good + b"1", b"", b"\0\0\x0d" + good[3:], good[:9]):
-        path.write_bytes(gzip.compress(bad))
-        with pytest.raises(UserError, match=path.name):
-            heavy_tails.read_mnist(folder)
-    for bad in (packed[:-9], good):
-        path.write_bytes(bad)
-        with pytest.raises(UserError, match=path.name):
-            heavy_tails.read_mnist(folder)
-    path.write_bytes(gzip.compress(idx(np.zeros((3, 28, 28), np.uint8))))
-    with pytest.raises(UserError, match=r"\(3, 28, 28\) and 200 labels"):
-        heavy_tails.read_mnist(folder)
-    path.write_bytes(packed)
-    labels = folder / "train-labels-idx1-ubyte.gz"
-    labels.write_bytes(gzip.compress(idx(np.full(200, 10, np.uint8))))
-    with pytest.raises(UserError, match="labels up to 10"):
-        heavy_tails.read_mnist(folder)
-    path.unlink()
-    done = experiment("heavy_tails", "mnist", f"--data={folder}", cwd=tmp_path)
-    one_line(done, path.name, "prepare.py mnist", "--data")

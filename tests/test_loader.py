@@ -1,4 +1,7 @@
 import json
+import os
+import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,6 +85,11 @@ def test_more_evaluation_tokens_than_there_are_takes_all(numbers):
 
 
 @pytest.mark.parametrize("make, words", [
+    (lambda p: shard(p, range(9), magic=20240801, version=7), "uint32 tokens, as llm.c .* Llama 3: prepare"),
+    (lambda p: p.write_bytes(np.arange(9000, dtype="<u2").tobytes()), "no header.* nanoGPT.*: prepare"),
+    (lambda p: p.symlink_to("nowhere"), "No such file"),
+    (lambda p: p.mkdir(), "Is a directory"),
+    (lambda p: p.symlink_to("/proc/self/mem"), "Input/output error"),  # as from a failing disk
     (lambda p: shard(p, range(9), magic=1), "magic"),
     (lambda p: shard(p, range(9), version=2), "version"),
     (lambda p: shard(p, range(9), claim=10), "truncated"),
@@ -93,6 +101,41 @@ def test_bad_shards_are_named(tmp_path, make, words):
     make(tmp_path / "train_000000.bin")
     with pytest.raises(UserError, match=f"train_000000.bin.*{words}"):
         open_shard(tmp_path / "train_000000.bin")
+
+
+def test_files_without_permission_are_named(numbers):
+    """Root may read anything, so it becomes another user."""
+    np.save(numbers / "token_counts.npy", np.ones(200, int))
+    for name, read in {"train_000001.bin": lambda: TokenDataset(numbers, "train"), "token_counts.npy": lambda: token_counts(numbers, 200),
+                       "meta.json": lambda: fingerprint(numbers), ".": lambda: TokenDataset(numbers, "val")}.items():
+        mode = (numbers / name).stat().st_mode
+        (numbers / name).chmod(0)
+        user = os.geteuid()
+        if not user:
+            os.seteuid(65534)
+        try:
+            with pytest.raises(UserError, match="could not read .*Permission denied.*check path and permissions"):
+                read()
+        finally:
+            os.seteuid(user)
+            (numbers / name).chmod(mode)
+        read()
+
+
+def test_hundreds_of_shards_hold_neither_files_nor_memory_maps(numbers):
+    for k in range(300):
+        shard(numbers / f"train_{k:06d}.bin", range(9))
+    meta = json.loads((numbers / "meta.json").read_text())
+    (numbers / "meta.json").write_text(json.dumps({**meta, "shards": {"train": 300, "val": 1}}))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+    try:
+        sequences = TokenDataset(numbers, "train")
+        x, y = sequences[np.arange(len(sequences))]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert x.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]] * 300 and torch.equal(y, x + 1)
+    assert str(numbers) not in Path("/proc/self/maps").read_text()
 
 
 def test_a_token_outside_the_vocabulary_is_named(numbers):

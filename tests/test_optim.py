@@ -1,4 +1,6 @@
+import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ from conftest import ROOT, python
 from model import Config, LLaMA
 from optim import ClippedSGD, build_optimizer
 
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 SHAPES = [(40, 8), (8, 8), (8,), (3, 5, 2)]  # the first one is the output layer: 40 token classes
 
 
@@ -41,19 +44,22 @@ def reference(weights, lr, momentum, token_clip, update_clip, steps, lrs=None):
     return ws
 
 
-def start(dtype=torch.float32):
+def start(*dtypes):
+    """Parameters of these dtypes in turn."""
     g = torch.Generator().manual_seed(1)
-    return [torch.nn.Parameter(torch.randn(shape, generator=g).to(dtype)) for shape in SHAPES]
+    return [torch.nn.Parameter(torch.randn(shape, generator=g).to(dtype)) for shape, dtype in zip(SHAPES, itertools.cycle(dtypes or [FP32]))]
 
 
 def groups(params, token_clip):
     return [{"params": params[:1], "token_clip": token_clip}, {"params": params[1:]}]
 
 
-def run(optimizer, params, steps, skip=0, after=lambda: None):
+def run(optimizer, params, steps, skip=0, after=lambda: None, dtype=None):
     for gs in itertools.islice(gradients(steps), skip, None):
         for p, g in zip(params, gs):
-            p.grad = g.to(p.dtype)
+            if dtype:
+                p.grad_dtype = None  # any
+            p.grad = g.to(p.device, dtype or p.dtype)
         optimizer.step()
         after()
 
@@ -74,19 +80,25 @@ def test_equals_the_reference(momentum, token_clip, update_clip, foreach):
 
 @pytest.mark.parametrize("foreach", [True, False])
 def test_without_clips_it_is_torchs_sgd(foreach):
-    ours, theirs = start(torch.float64), start(torch.float64)
+    """With dampening = momentum, and at 1 / (1 - momentum) times the learning rate of SGD without dampening."""
+    ours, theirs, undamped = start(FP64), start(FP64), start(FP64)
     optimizer = torch.optim.SGD(theirs, lr=0.1, momentum=0.9, dampening=0.9)
     for p in theirs:  # torch's first step takes the whole gradient into the buffer; an EMA from zero does not
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     run(optimizer, theirs, 40)
+    run(torch.optim.SGD(undamped, lr=0.01, momentum=0.9), undamped, 40)
     run(ClippedSGD(ours, lr=0.1, update_clip=None, foreach=foreach), ours, 40)
-    for a, b in zip(ours, theirs):
+    for a, b, c in zip(ours, theirs, undamped):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(a, c, rtol=1e-12, atol=1e-12)
 
 
-def test_follows_a_scheduler():
+@pytest.mark.parametrize("update_clip", [1e-2, None])
+@pytest.mark.parametrize("number", [float, torch.tensor])
+@pytest.mark.parametrize("foreach", [True, False])
+def test_follows_a_scheduler(foreach, number, update_clip):
     params = start()
-    optimizer = ClippedSGD(groups(params, 0.05), lr=0.5, update_clip=1e-2)
+    optimizer = ClippedSGD(groups(params, 0.05), lr=number(0.5), update_clip=update_clip, foreach=foreach)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 30)
     lrs = []
     expected_start = [p.detach().clone() for p in params]
@@ -97,18 +109,99 @@ def test_follows_a_scheduler():
         probe.step()
         probe_scheduler.step()
     run(optimizer, params, 30, after=scheduler.step)
-    for p, w in zip(params, reference(expected_start, None, 0.9, 0.05, 1e-2, 30, lrs)):
-        torch.testing.assert_close(p.double(), w, rtol=1e-4, atol=1e-5)
+    for p, w in zip(params, reference(expected_start, None, 0.9, 0.05, update_clip, 30, lrs)):
+        torch.testing.assert_close(p.double(), w, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("foreach", [True, False])
-def test_bf16_parameters(foreach):
-    params = start(torch.bfloat16)
-    expected = reference(params, 0.1, 0.9, 0.05, 1e-2, 10)
-    run(ClippedSGD(groups(params, 0.05), lr=0.1, update_clip=1e-2, foreach=foreach), params, 10)
-    for p, w in zip(params, expected):
-        assert p.dtype == torch.bfloat16
-        torch.testing.assert_close(p.double(), w, rtol=0.03, atol=0.03)
+@pytest.mark.parametrize("token_clip, update_clip", [(0.05, 1e-2), (None, None)])
+@pytest.mark.parametrize("how", ["model.to", "load_state_dict"])
+@pytest.mark.parametrize("first, then, grads", [
+    ([BF16], BF16, None), ([FP16], FP16, None), ([FP64], FP64, None), ([BF16], BF16, FP32), ([FP32], FP32, BF16),
+    ([FP32], BF16, None), ([FP32], FP16, None), ([FP32], FP64, None), ([BF16], FP32, None), ([FP32, BF16, FP64, FP16], None, None)])
+def test_any_dtype(first, then, grads, how, token_clip, update_clip, foreach):
+    """Of the parameters, mixed or not, before and after a conversion, and of the gradients."""
+    params = start(*first)
+    expected = reference(params, 0.1, 0.9, token_clip, update_clip, 10)
+    optimizer = ClippedSGD(groups(params, token_clip), lr=0.1, update_clip=update_clip, foreach=foreach)
+    run(optimizer, params, 5, dtype=grads)
+    if how == "model.to":
+        torch.nn.ParameterList(params).to(then)
+    else:
+        params = [torch.nn.Parameter(p.detach().to(then or p.dtype)) for p in params]
+        saved = optimizer.state_dict()
+        optimizer = ClippedSGD(groups(params, None), lr=1.0, foreach=foreach)
+        optimizer.load_state_dict(saved)
+    run(optimizer, params, 10, skip=5, dtype=grads)
+    for p, w, dtype in zip(params, expected, itertools.cycle(first)):
+        assert p.dtype == (then or dtype) == optimizer.state[p]["momentum_buffer"].dtype  # so that a checkpoint loses nothing
+        worst = max((dtype, then or dtype, grads or dtype), key=lambda dtype: torch.finfo(dtype).eps)
+        tolerance = {BF16: 0.03, FP16: 5e-3, FP32: 1e-4, FP64: 1e-9}[worst]
+        torch.testing.assert_close(p.double(), w, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_any_shape_layout_and_device(foreach):
+    """Complex, 0-d, transposed and channels_last parameters take the steps of real, 1-D and contiguous ones, beside empty
+    ones and those of another device in one group."""
+    g = torch.Generator().manual_seed(0)
+    plain = [torch.randn(shape, generator=g, dtype=FP64) for shape in ((6, 5), (6, 5), (2, 3, 4, 5), (1,))]
+    phase = torch.tensor(0.6 + 0.8j, dtype=torch.complex128)  # turns all numbers, and leaves their absolute values
+    forms = [lambda t: t * phase, lambda t: t.t().contiguous().t(), lambda t: t.contiguous(memory_format=torch.channels_last), lambda t: t[0]]
+    for options in (dict(update_clip=1e-2), dict(update_clip=None), dict(update_clip=0.2, momentum=0.0)):
+        ours = [torch.nn.Parameter(form(t).clone()) for form, t in zip(forms, plain)]
+        theirs = [torch.nn.Parameter(t.clone()) for t in plain]
+        others = [torch.nn.Parameter(torch.ones(shape, device=device)) for shape, device in (((0,), "cpu"), ((3, 0), "cpu"), ((4, 3), "meta"))]
+        optimizers = ClippedSGD(ours + others, lr=1.0, foreach=foreach, **options), ClippedSGD(theirs, lr=1.0, **options)
+        for step in range(4):
+            grads = [torch.randn(t.shape, generator=g, dtype=FP64) / 4 for t in plain]
+            for p, q, form, grad in zip(ours, theirs, forms, grads):
+                p.grad, q.grad = form(grad), grad
+            for p in others:
+                p.grad = torch.ones_like(p)
+            for optimizer in optimizers:
+                optimizer.step()
+        for p, q, form in zip(ours, theirs, forms):
+            torch.testing.assert_close(p.detach(), form(q.detach()), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1), torch.tensor(0.1, device="meta")])
+@pytest.mark.parametrize("token_clip, update_clip", [(0.05, 1e-2), (0.05, None), (None, 1e-2), (None, None)])
+def test_the_host_reads_nothing(token_clip, update_clip, lr, foreach):
+    """On the meta device, whose tensors have no values."""
+    params = [torch.nn.Parameter(p.to("meta")) for p in start()]
+    optimizer = ClippedSGD(groups(params, token_clip), lr=0.1, update_clip=update_clip, foreach=foreach)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    run(optimizer, params, 3)
+    assert [v is None for v in optimizer.clip_fraction.values()] == [update_clip is None, token_clip is None]
+
+
+def test_compiled_in_one_graph_it_takes_the_same_steps():
+    ends = []
+    for wrap in (lambda step: step, lambda step: torch.compile(step, fullgraph=True, backend="aot_eager")):
+        params = start()
+        lr = torch.tensor(0.5)
+        optimizer = ClippedSGD(groups(params, 0.05), lr=lr, update_clip=1e-2)
+        optimizer.step = wrap(optimizer.step)
+        run(optimizer, params, 12, after=lambda: lr.mul_(0.9))
+        ends.append(params)
+    for a, b in zip(*ends):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+def test_copies_go_on_alike(twin):
+    params = start()
+    optimizer = ClippedSGD(groups(params, 0.05), lr=0.1, update_clip=1e-2)
+    run(optimizer, params, 10)
+    again = twin(optimizer)
+    assert again.clip_fraction == optimizer.clip_fraction
+    copies = [p for group in again.param_groups for p in group["params"]]
+    run(optimizer, params, 20, skip=10)
+    run(again, copies, 20, skip=10)
+    assert all(torch.equal(a, b) for a, b in zip(params, copies)) and again.clip_fraction == optimizer.clip_fraction
 
 
 def test_state_dict_round_trip():
@@ -141,19 +234,38 @@ def test_clip_fraction_counts_what_was_clipped():
     optimizer = ClippedSGD([{"params": [head], "token_clip": 1.0}, {"params": [other]}], lr=1.0, momentum=0.0, update_clip=0.5)
     head.grad = torch.tensor([5.0, 0.1, 0.1, 0.0])[:, None].expand(4, 3).contiguous()  # one row of four over 1
     other.grad = torch.full((5,), 2.0)                                                 # rms 2 over 0.5; head's is below
-    optimizer.step()
     assert optimizer.clip_fraction == {"tensors": None, "rows": None}
-    optimizer.track_clipping = True
     optimizer.step()
     assert optimizer.clip_fraction["rows"].item() == 0.25 and optimizer.clip_fraction["tensors"].item() == 0.5
 
 
 @pytest.mark.parametrize("options, words", [
-    (dict(lr=-1.0), "lr"), (dict(lr=float("nan")), "lr"), (dict(lr=1.0, momentum=1.0), "momentum"),
+    (dict(lr=-1.0), "lr"), (dict(lr=float("nan")), "lr"), (dict(lr=torch.ones(2)), "lr"), (dict(lr=1.0, momentum=1.0), "momentum"),
     (dict(lr=1.0, token_clip=0.0), "token_clip"), (dict(lr=1.0, update_clip=-1.0), "update_clip"), (dict(lr=1.0, token_clip=1.0), "2-D")])
 def test_bad_options_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         ClippedSGD([torch.nn.Parameter(torch.ones(3))], **options)
+
+
+def test_a_group_added_after_steps():
+    """One that is refused leaves the optimizer as it was."""
+    params, late = start(), torch.nn.Parameter(torch.ones(3))
+    optimizer = ClippedSGD(params, lr=0.1, update_clip=None)
+    run(optimizer, params, 5)
+    with pytest.raises(ValueError, match="2-D"):
+        optimizer.add_param_group({"params": [late], "token_clip": 1.0})
+    optimizer.add_param_group({"params": [late], "lr": 10.0})
+    late.grad = torch.ones(3)
+    optimizer.step()
+    torch.testing.assert_close(late.detach(), torch.zeros(3))
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_sparse_gradients_are_refused(foreach):
+    embedding = torch.nn.Embedding(5, 3, sparse=True)
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse gradients"):
+        ClippedSGD(embedding.parameters(), lr=0.1, foreach=foreach).step()
 
 
 def test_closure_and_parameters_without_gradient():

@@ -1,9 +1,13 @@
+import fcntl
 import gzip
 import hashlib
 import http.server
 import importlib.util
 import json
 import os
+import random
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -12,9 +16,12 @@ import numpy as np
 import pytest
 import sentencepiece
 import tiktoken
+import tiktoken_ext.openai_public
 
 from conftest import ROOT, documents, one_line, prepare, write_jsonl
 from loader import open_shard
+
+END = "<|endoftext|>"
 
 
 def tokens(folder, split):
@@ -37,8 +44,9 @@ def is_val(text):
 
 
 def digest(folder):
+    """What is in the files of a folder, but for the lock, which is there once it was worked in."""
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest()
-            for p in folder.iterdir() if p.is_file()}
+            for p in folder.glob("*") if p.is_file() and p.name != "lock"}
 
 
 @pytest.fixture
@@ -101,11 +109,16 @@ def test_it_goes_on_where_it_stopped_and_then_has_nothing_to_do(text, stream, tm
     meta = {"complete": False, "settings": meta["settings"]}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     os.rename(tmp_path / "train_000002.bin", tmp_path / "train_000002.bin.tmp")
-    for gone in ("train_000003.bin", "val_000000.bin", "token_counts.npy"):
+    for gone in ("train_000003.bin", "val_000000.bin"):
         (tmp_path / gone).unlink()
+    (tmp_path / "token_counts.npy").write_bytes(b"torn")
+    os.link(tmp_path / "token_counts.npy", tmp_path / "torn")
     kept = (tmp_path / "train_000001.bin").stat()
     assert prepare(*words).returncode == 0
     after = (tmp_path / "train_000001.bin").stat()
+    # what was there is replaced, never written into
+    assert (tmp_path / "torn").read_bytes() == b"torn"
+    (tmp_path / "torn").unlink()
     assert digest(tmp_path) == whole
     assert (kept.st_mtime_ns, kept.st_ino) == (after.st_mtime_ns, after.st_ino)
     assert "nothing to do" in prepare(*words).stdout
@@ -127,9 +140,12 @@ def test_other_data_in_the_directory_is_left_alone(text, stream, tmp_path):
 
 
 def test_settings_can_change_as_long_as_there_is_no_shard(text, stream, tmp_path):
-    words = ("files", text, f"--out={tmp_path}", f"--tokenizer={stream / 'tokenizer.model'}")
-    one_line(prepare(*words, "--val_fraction=0"), "no documents for val", "--val_fraction")
-    assert prepare(*words).returncode == 0
+    words = [f"--out={tmp_path}", f"--tokenizer={stream / 'tokenizer.model'}"]
+    cut = tmp_path / "cut.json.gz"
+    cut.write_bytes(text.read_bytes()[:-100])  # it is damaged after the first documents
+    one_line(prepare("files", cut, *words), "cut.json.gz", "damaged gzip")
+    assert "cut.json.gz" in (tmp_path / "meta.json").read_text()
+    assert prepare("files", text, *words).returncode == 0
 
 
 def test_text_files_and_plain_json_lines(tmp_path):
@@ -182,12 +198,134 @@ def test_the_library_of_another_python_is_used_once_complete(tmp_path):
     one_line(prepare(*words), "other settings", "--out")
 
 
+def decoded(out, *splits):
+    """The documents of a directory in the stream layout."""
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
+    return [sp.decode(ids) for split in splits or ("train", "val")
+            for ids in split_documents(tokens(out, split), 1)]
+
+
+@pytest.mark.parametrize("name, opener", [
+    ("a.txt", open), ("a.txt.gz", gzip.open), ("a.jsonl", open), ("a.json.gz", gzip.open)])
+def test_a_byte_order_mark_is_no_text(tmp_path, name, opener):
+    lines = documents(60)[:40] + ["a\ufeff mark within the text is kept"]
+    lines = [" ".join(line.split()) for line in lines]
+    sep = "\n\n" if "txt" in name else "\n"
+    with opener(tmp_path / name, "wt", encoding="utf-8-sig") as f:
+        f.write(sep.join(lines if "txt" in name else (json.dumps({"text": t}) for t in lines)))
+    done = prepare("files", tmp_path / name, f"--out={tmp_path}", "--tokenizer=train:400")
+    assert done.returncode == 0, done.stderr
+    assert sorted(text.strip("\n") for text in decoded(tmp_path)) == sorted(lines)
+
+
+ODD = ["nul \0 x", "\r\n dos \r", "</s><unk><pad><s>", "<0x41>", "tab\t", "\x85\u2028\u3000\xa0 x",
+       "\ufeff", "\ufffd\U0010ffff", " \u2047 ", "e\u0301", "\u2585"]
+
+
+def test_characters_that_mean_something_to_sentencepiece(tmp_path):
+    texts = [f"{odd} {text}" for text in documents(40) for odd in ODD]
+    for name, more in (("same", []), ("said", ["a\u2581b"])):
+        path = write_jsonl(tmp_path / f"{name}.json", texts + more)
+        done = prepare("files", path, f"--out={tmp_path / name}", "--tokenizer=train:500")
+        assert done.returncode == 0, done.stderr
+        # all come back but U+2581, and it says so
+        assert sorted(decoded(tmp_path / name)) == sorted(texts + (["a b"] if more else []))
+        assert ("U+2581" in done.stdout) == bool(more)
+
+
+def test_chinese_has_more_characters_than_pieces(tmp_path):
+    rng = random.Random(0)
+    characters = [chr(0x4e00 + i) for i in range(6000)]
+    weights = [1 / (k + 1) for k in range(6000)]
+    texts = ["".join(rng.choices(characters, weights, k=400)) for _ in range(200)]
+    texts += ["".join(characters[i::10]) for i in range(10)] + ["a space", "\u3000\n "]
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    done = prepare("files", path, f"--out={tmp_path}", "--tokenizer=train:4096")
+    assert done.returncode == 0, done.stderr
+    assert sorted(decoded(tmp_path)) == sorted(filter(str.strip, texts))  # a space is one, too
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    # few characters are spelled in bytes, which are three each
+    assert meta["vocab_size"] == 4096
+    assert sum(meta["tokens"].values()) < 1.2 * sum(map(len, texts))
+    small = prepare("files", path, f"--out={tmp_path / 'b'}", "--tokenizer=train:262")
+    assert small.returncode == 0 and sorted(decoded(tmp_path / "b")) == sorted(decoded(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.json"])
 @pytest.mark.parametrize("layout", ["stream", "rows"])
-def test_gpt2_gets_a_piece_for_padding_if_needed(tmp_path, text, layout, module, monkeypatch):
-    encoding = tiktoken.Encoding(  # GPT-2's form, without its 50,000 merges
-        "gpt2", pat_str=r"\S+|\s+", mergeable_ranks={bytes([i]): i for i in range(256)},
-        special_tokens={"<|endoftext|>": 256})
+def test_one_line_of_200000_characters_is_training_and_validation_text(tmp_path, name, layout):
+    line = "".join(random.Random(0).choices("etaoin shrdlu", k=200_010))
+    (tmp_path / name).write_text(json.dumps({"text": line}) if name == "a.json" else line)
+    done = prepare("files", tmp_path / name, f"--out={tmp_path}", "--tokenizer=train:300",
+                   f"--layout={layout}")
+    assert done.returncode == 0, done.stderr
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    assert meta["documents"] == {"train": 2, "val": 1}
+    if layout == "stream":
+        found = sorted(decoded(tmp_path), key=line.index)
+        assert "".join(found) == line and {len(text) for text in found} == {66_670}
+
+
+def test_of_few_documents_the_longest_is_for_validation(tmp_path, stream):
+    path, long = tmp_path / "a.json", "the longest of them"
+    words = ("files", path, f"--out={tmp_path}", f"--tokenizer={stream / 'tokenizer.model'}")
+    write_jsonl(path, ["one"])
+    one_line(prepare(*words), "no documents for training: give it more text")
+    write_jsonl(path, ["one", long, "two", long] * 2)
+    one_line(prepare(*words, "--val_fraction=1"), "another --val_fraction")
+    for name, fraction in (("0", "0"), ("5%", "0.05")):
+        out = tmp_path / name
+        done = prepare(*words, f"--out={out}", f"--val_fraction={fraction}")
+        assert done.returncode == 0, done.stderr
+        assert decoded(out, "val") == [long] * 4  # equal ones are on the same side
+        assert decoded(out, "train") == ["one", "two"] * 2
+
+
+# ---- two at once
+
+def start(*words):
+    return subprocess.Popen([sys.executable, ROOT / "data" / "prepare.py", *words], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("number", [signal.SIGCONT, signal.SIGKILL])
+def test_a_second_one_waits_for_the_first_and_takes_over_if_it_is_killed(text, tmp_path, number):
+    words = ["files", text, "--tokenizer=train:500", "--shard_chars=20000"]
+    assert prepare(*words, f"--out={tmp_path / 'alone'}").returncode == 0
+    first = start(*words, f"--out={tmp_path / 'out'}")
+    while not list(tmp_path.glob("out/val*")):  # the first is in the middle of its work
+        assert first.poll() is None
+    first.send_signal(signal.SIGSTOP)
+    second = start(*words, f"--out={tmp_path / 'out'}")
+    assert second.stdout.readline() == (f"another prepare.py is at work in {tmp_path / 'out'}: "
+                                        "waiting for it\n")
+    first.send_signal(number)
+    second_out, second_err = second.communicate(timeout=60)
+    assert (second.returncode, second_err) == (0, "")
+    assert ("nothing to do" in second_out) == (number == signal.SIGCONT)
+    first.communicate(timeout=60)
+    assert digest(tmp_path / "out") == digest(tmp_path / "alone")
+
+
+def test_many_at_once(text, tmp_path):
+    words = ["files", text, "--tokenizer=train:500", "--shard_chars=20000"]
+    assert prepare(*words, f"--out={tmp_path / 'alone'}").returncode == 0
+    for process in [start(*words, f"--out={tmp_path / 'out'}") for _ in range(4)]:
+        assert process.communicate(timeout=60)[1] == "" and process.returncode == 0
+    assert digest(tmp_path / "out") == digest(tmp_path / "alone")
+
+
+@pytest.fixture
+def gpt2(monkeypatch):
+    """Stands in for a download: GPT-2's form and pattern, without its 50,000 merges."""
+    encoding = tiktoken.Encoding(
+        "gpt2", pat_str=tiktoken_ext.openai_public.r50k_pat_str, special_tokens={END: 256},
+        mergeable_ranks={bytes([i]): i for i in range(256)})
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
+
+
+@pytest.mark.parametrize("layout", ["stream", "rows"])
+def test_gpt2_gets_a_piece_for_padding_if_needed(tmp_path, text, layout, module, gpt2, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prepare.py", "files", str(text), f"--out={tmp_path}",
                                       "--tokenizer=gpt2", f"--layout={layout}", "--seq_len=64"])
     module.main()
@@ -202,6 +340,18 @@ def test_gpt2_gets_a_piece_for_padding_if_needed(tmp_path, text, layout, module,
         assert meta["vocab_size"] == 257
         assert [bytes(ids) for ids in split_documents(tokens(tmp_path, "train"), 256)] == train
     assert not (tmp_path / "tokenizer.model").exists()
+
+
+@pytest.mark.parametrize("middle", [" ", "\n", "a", "\u4e00", "1", "!"])
+def test_gpt2_takes_a_million_of_one_character(tmp_path, module, gpt2, monkeypatch, middle):
+    path = write_jsonl(tmp_path / "a.json", [f"a{middle * 1_000_000}b", f"text and {END}"])
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "files", str(path), f"--out={tmp_path}",
+                                      "--tokenizer=gpt2", "--val_fraction=0.5"])
+    module.main()
+    found = b"".join(map(bytes, split_documents(tokens(tmp_path, "train"), 256)
+                         + split_documents(tokens(tmp_path, "val"), 256)))
+    assert f"text and {END}".encode() in found  # as text, not as the end
+    assert len(found) > 2_000_000 or middle != "\u4e00"
 
 
 # ---- bad input
@@ -244,11 +394,15 @@ def test_bad_text_is_not_blamed_on_the_tokenizer_that_reads_it(tmp_path, text):
     broken_gzip(tmp_path / "cut.json.gz", text)
     done = prepare("files", tmp_path / "cut.json.gz", f"--out={tmp_path / 'out'}")
     one_line(done, "cut.json.gz: damaged gzip")
-    assert "tokenizer" not in done.stderr and not (tmp_path / "out").exists()
+    assert "tokenizer" not in done.stderr and not digest(tmp_path / "out")
 
 
 BAD_SETTINGS = [
-    ("--tokenizer=train:7", ["train:7", "train:N (N to suit the text)"]),
+    ("--tokenizer=train:7", ["train:7", "N must be from 262 to 65536"]),
+    ("--tokenizer=train:-500", ["N must be"]), ("--tokenizer=train:70000", ["N must be"]),
+    ("--tokenizer=train:20000", ["too high", "value <=", "train:N (N to suit the text)"]),
+    ("--tokenizer={empty}", ["--tokenizer={empty}", "SentencePiece .model"]),
+    ("--tokenizer={no_eos}", ["no_eos.model", "needs an end-of-sequence piece"]),
     ("--tokenizer=train:x", ["train:x", "'x'", "train:N"]),
     ("--tokenizer=nowhere.model", ["nowhere.model", "No such file"]),
     ("--tokenizer={text}", ["--tokenizer={text}", "SentencePiece .model"]),
@@ -260,10 +414,15 @@ BAD_SETTINGS = [
 
 @pytest.mark.parametrize("word, expected", BAD_SETTINGS)
 def test_bad_settings_are_one_line(tmp_path, text, word, expected):
+    names = {"text": text, "empty": tmp_path / "empty.model", "no_eos": tmp_path / "no_eos.model"}
+    names["empty"].touch()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(documents(50)), model_prefix=tmp_path / "no_eos", vocab_size=60,
+        eos_id=-1, minloglevel=2)
     done = prepare("files", text, f"--out={tmp_path / 'out'}", "--tokenizer=train:500",
-                   word.format(text=text))
-    one_line(done, *(part.format(text=text) for part in expected))
-    assert not (tmp_path / "out").exists()
+                   word.format(**names))
+    one_line(done, *(part.format(**names) for part in expected))
+    assert not digest(tmp_path / "out")
 
 
 def test_max_chars_is_checked(tmp_path):
@@ -384,7 +543,7 @@ def test_a_download_that_fails_is_one_line(server, tmp_path, stream, faults, wor
     env, out = hub(tmp_path, server.url), tmp_path / "out"
     done = c4(stream, env, out)
     one_line(done, f"en/{FIRST}", word, "HF_ENDPOINT", out / "downloads" / FIRST)
-    assert not json.loads((out / "meta.json").read_text())["complete"]
+    assert not digest(out)
     assert c4(stream, env, out).returncode == 0  # the same command goes on
 
 
@@ -452,8 +611,20 @@ def test_mnist(tmp_path):
     server.shutdown()
     server.server_close()
     assert done.returncode == 0, done.stderr
-    found = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    found = {path.name: path.read_bytes() for path in tmp_path.glob("*.gz")}
     assert found == {**server.files, MNIST[0]: b"put by hand"}
+
+
+def test_a_second_mnist_waits(tmp_path):
+    server = Server({name: gzip.compress(name.encode()) for name in MNIST})
+    with open(tmp_path / "lock", "w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        process = start("mnist", f"--out={tmp_path}", f"--url={server.url}")
+        assert "waiting for it" in process.stdout.readline() and not server.log
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == 0
+    server.shutdown()
+    server.server_close()
+    assert digest(tmp_path).keys() == set(MNIST)
 
 
 @pytest.mark.parametrize("fault, word", [
@@ -466,7 +637,7 @@ def test_mnist_that_fails_is_one_line(tmp_path, fault, word):
     out = tmp_path / "mnist"
     done = prepare("mnist", f"--out={out}", f"--url={server.url}")
     one_line(done, f"{server.url}{MNIST[2]}", word, "--url", f"put the file at {out / MNIST[2]}")
-    assert sorted(path.name for path in out.iterdir()) == sorted(MNIST[:2])
+    assert digest(out).keys() == set(MNIST[:2])
     server.files[MNIST[2]] = gzip.compress(b"whole")
     assert prepare("mnist", f"--out={out}", f"--url={server.url}").returncode == 0
     server.shutdown()

@@ -15,10 +15,12 @@ import pytest
 import torch
 
 import train
+from checkpoint import Dist, RunDir
 from conftest import ROOT, TINY, launch, metrics, one_line, python, result, run, same_end, settings, wait_for
-from loader import BatchSampler, TokenDataset, eval_batches
+from loader import BatchSampler, TokenDataset, UserError, eval_batches
 from metrics import Diagnostics, frequency_groups
 from model import Config, LLaMA
+from optim import build_optimizer
 
 
 def here(**changes):
@@ -135,6 +137,41 @@ def init(**words):
     assert all(step == x["step"] for step, x in lines)
 
 
+def test_a_wandb_that_does_not_start_claims_no_folder(stream, tmp_path, capsys, monkeypatch):
+    (tmp_path / "wandb.py").write_text("""def init(**words):
+    raise ConnectionError("no API key configured:\\n  run wandb login")
+""")
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    words = dict(data=stream, out=tmp_path / "run", wandb="p")
+    refuse(capsys, "--wandb=p", "no API key configured: run", "`wandb login`", "WANDB_MODE=offline", **words)
+    assert not (tmp_path / "run").exists()
+    here(**{**words, "wandb": "none"})
+    here(**words)  # a finished run needs none
+    monkeypatch.delitem(sys.modules, "wandb")
+
+
+def test_ranks_that_disagree_do_not_train(stream, rows, tmp_path):
+    """As two nodes with different scripts, data and code; and as one whose settings cannot be read."""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    with open(tmp_path / "optim.py", "a") as f:
+        f.write("# another version\n")
+    wrapper = tmp_path / "wrapper.py"
+    wrapper.write_text(f"""import os, sys
+own, other = sys.argv[1].split(","), os.environ["RANK"] == "1"
+sys.path.insert(0, "{tmp_path}" if other else "{ROOT}")
+import train
+sys.exit(train.main(sys.argv[2:] + own * other))
+""")
+    for own, expected in ((f"--optimizer=sgd,--log_every=4,--data={rows}", ["process 1 has", "data_sha256=", "log_every=4 (process 0: 3)", "optim.py=",
+                                                                           "optimizer=sgd (process 0: clipped_sgd)"]), ("--lr=fast", ["invalid number"])):
+        done = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", wrapper, own, *settings(data=stream, out=tmp_path / "run", lr=1))
+        said = [line for line in done.stderr.splitlines() if "train.py: " in line]
+        assert done.returncode and len(said) == 1 and all(word in said[0] for word in expected), done.stderr
+        assert done.stderr.count("Traceback") == 1 and not (tmp_path / "run").exists()  # torchrun's own
+
+
 def test_two_nodes_meet_and_all_ranks_end_alike(whole, stream, tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -228,6 +265,19 @@ def test_without_a_compiler_it_says_so_once_and_runs(stream, tmp_path):
     assert done.stdout.count("C++ compiler") == 1 and "eager" in done.stdout and not done.stderr
 
 
+def test_it_says_why_it_does_not_compile(stream, tmp_path):
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "a cache")}
+    done = run(*settings(data=stream, out=tmp_path / "run", compile="true", steps=1, eval_every="none"), env=env)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if "running eagerly" in line]
+    assert len(said) == 1 and "without spaces" in said[0] and "g++" in said[0] and str(tmp_path / "a") in said[0]
+
+
+def test_a_torch_that_does_not_describe_the_cpu_takes_float32(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)  # as in an older one
+    assert train.default_dtype(torch.device("cpu")) == "float32"
+
+
 # ---- stopping and going on ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("optimizer, kills", [("clipped_sgd", (0, 31)), ("adamw", ("random",))])
@@ -265,13 +315,29 @@ def test_signals_save_and_stop(stream, tmp_path):
     assert [x["step"] for x in metrics(tmp_path) if "train_loss" in x] == list(range(1, start + 1))
 
 
+def test_a_signal_waits_neither_for_the_step_nor_for_the_evaluation(stream, tmp_path):
+    """The step is dropped, the evaluation done anew: the run ends as if nothing had been."""
+    words = dict(data=stream, batch_size=32, micro_batch=1, eval_every=2, eval_tokens=10**6, steps=3, log_every=1, save_every=1000)
+    never = launch(*settings(out=tmp_path / "never", **words))
+    out = tmp_path / "stopped"
+    for step in (1, 2):  # in step 2, and in the evaluation after it
+        process = launch(*settings(out=out, **words))
+        wait_for(out, step, process)
+        process.terminate()
+        assert f"stopped by a signal after step {step}," in result(process).stdout and process.returncode == 128 + signal.SIGTERM
+        assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == step == metrics(out)[-1]["step"] and "train_loss" in metrics(out)[-1]
+    assert run(*settings(out=out, **words)).returncode == 0 == result(never).returncode
+    assert same_end(out, tmp_path / "never")
+
+
 def test_torchrun_told_to_stop_saves(stream, tmp_path):
-    process = launch(*settings(data=stream, out=tmp_path, steps=500, save_every=1000, log_every=1), processes=2)
-    wait_for(tmp_path, 3, process)
+    words = settings(data=stream, out=tmp_path, batch_size=32, micro_batch=1, steps=500, save_every=1000, log_every=1)
+    process = launch(*words, processes=2)
+    wait_for(tmp_path, 1, process)
     process.terminate()
     stopped = result(process)
-    assert stopped.returncode != 0 and "the same command goes on" in stopped.stdout
-    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"] == metrics(tmp_path)[-1]["step"] < 500
+    assert stopped.returncode != 0 and "stopped by a signal after step 1," in stopped.stdout and "the same command goes on" in stopped.stdout
+    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"] == metrics(tmp_path)[-1]["step"] == 1
 
 
 def test_a_slurm_job_saves_and_queues_itself_again(stream, tmp_path):
@@ -317,6 +383,15 @@ def test_a_full_disk_keeps_the_old_checkpoint(stream, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
     one_line(run(*settings(data=stream, out=tmp_path), preexec_fn=small_files), "ckpt.pt", "make room")
     assert (tmp_path / "ckpt.pt").read_bytes() == old and not list(tmp_path.glob("*.tmp"))
+
+
+def test_metrics_that_cannot_be_synced_are_said_in_a_line(whole, tmp_path):
+    run_dir, model, optimizer = unfinished(whole, tmp_path / "run")
+    run_dir.metrics.unlink()
+    run_dir.metrics.symlink_to("/dev/null")  # takes lines, but cannot sync them
+    run_dir.append([{"step": 1}])
+    with pytest.raises(UserError, match="could not write .*metrics.jsonl .*make room"):
+        run_dir.save(1, 1.0, None, model, optimizer)
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------
@@ -400,14 +475,41 @@ def test_a_bad_checkpoint_is_refused(whole, stream, tmp_path, capsys):
     refuse(capsys, "ckpt.pt", "lr=5.0", data=stream, out=out)
 
 
+def unfinished(whole, out):
+    """A copy of the run `whole` as its next process sees it, with a new model and optimizer."""
+    shutil.copytree(whole, out)
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(lines[:-1]))
+    model = LLaMA(Config.named("nano", 500))
+    return RunDir(out, json.loads((out / "config.json").read_text())["identity"], Dist("cpu")), model, build_optimizer("clipped_sgd", model, 100.0)
+
+
+def test_a_good_checkpoint_that_cannot_be_read_is_not_called_damaged(whole, stream, tmp_path):
+    run_dir, model, optimizer = unfinished(whole, tmp_path / "run")
+    size = int(re.search(r"VmSize:\s+(\d+)", open("/proc/self/status").read())[1]) * 1024
+    limit, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (size + 2**21, hard))  # the checkpoint has 7.5 MB
+    try:
+        with pytest.raises(UserError, match="could not read .*ckpt.pt .memory is full.: .*make room"):
+            run_dir.load(model, optimizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    assert run_dir.load(model, optimizer)[0] == 12
+    lines = run_dir.metrics.read_bytes()
+    run_dir.ckpt.rename(tmp_path / "elsewhere.pt")
+    for target, reason in (("nowhere", "No such file"), ("/proc/self/mem", "Invalid argument"), (tmp_path, "Is a directory")):
+        run_dir.ckpt.symlink_to(target)
+        one_line(run(*settings(data=stream, out=tmp_path / "run")), "ckpt.pt", reason, "check path and permissions")
+        run_dir.ckpt.unlink()
+    run_dir.ckpt.symlink_to(tmp_path / "elsewhere.pt")
+    assert run_dir.load(model, optimizer)[0] == 12 and run_dir.metrics.read_bytes() == lines
+
+
 def test_a_world_that_does_not_divide_the_batch(stream, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun does
     words = dict(data=stream, out=tmp_path / "run")
     refuse(capsys, "--batch_size=9: it does not divide among 2 processes", batch_size=9, **words)
     refuse(capsys, "--micro_batch=8: it does not divide the 4 sequences", batch_size=8, micro_batch=8, **words)
-    monkeypatch.setenv("RANK", "1")  # the others are silent
-    assert main(*settings(batch_size=9, **words))
-    assert not capsys.readouterr().err
 
 
 def test_help_lists_every_setting(capsys):
