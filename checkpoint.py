@@ -273,9 +273,12 @@ def hardware(device="cpu"):
 
 def describe(settings, dist):
     """What config.json says of a run beside its identity: enough to repeat it."""
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True)
     try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], text=True,
-                                cwd=Path(__file__).parent, capture_output=True).stdout.strip()
+        commit = git("describe", "--always").stdout.decode().strip()
+        if commit and git("diff", "--quiet", "HEAD", "--", *CODE, "experiments").returncode:
+            commit += "-dirty"  # new pages in results/ do not count
     except OSError:  # no git here
         commit = ""
     return {"settings": asdict(settings), "device": hardware(dist.device), "world_size": dist.size,

@@ -12,7 +12,7 @@
 trap 'stopped=1; scancel --signal=TERM "$SLURM_JOB_ID.0"' USR1  # srun itself would kill its tasks
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=270  # torchrun's patience with what it stops, in seconds
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-srun .venv/bin/torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}" \
+srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" .venv/bin/torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}" \
     --rdzv_id="$SLURM_JOB_ID" --rdzv_backend=c10d \
     --rdzv_endpoint="$first:$((20000 + SLURM_JOB_ID % 10000))" train.py "$@" &
 wait $!

@@ -28,11 +28,10 @@ from pathlib import Path
 import torch
 
 import train
-from checkpoint import Busy
+from checkpoint import CODE, Busy
 from loader import UserError, fingerprint, read_meta
 
 TRAIN = Path(train.__file__)
-CODE = ("train", "model", "optim", "loader", "checkpoint", "metrics")  # what a run executes
 LR_GRID = tuple(float(f"{10 ** (k / 2):.3g}") for k in range(-12, 11))  # 1e-6 ... 1e5 by sqrt(10)
 THREADS = 1  # of a process of a run
 
@@ -41,8 +40,8 @@ THREADS = 1  # of a process of a run
 
 @cache
 def code_hash():
-    """sha256 of the files in CODE, without their comments and layout."""
-    trees = [ast.dump(ast.parse(TRAIN.with_name(f"{name}.py").read_text())) for name in CODE]
+    """sha256 of the files that a run executes, without their comments and layout."""
+    trees = [ast.dump(ast.parse(TRAIN.with_name(name).read_text())) for name in CODE]
     return hashlib.sha256("".join(trees).encode()).hexdigest()
 
 
@@ -457,7 +456,8 @@ def write_page(stem, result, caption, source, command, extra={}):
             axes.grid(alpha=0.3)
         labels |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels())}
     if labels and not figure.legends and not any(axes.get_legend() for axes in figure.axes):
-        figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=3)
+        figure.legend(labels.values(), labels.keys(), loc="outside lower center",
+                      ncols=3 if len(labels) < 7 else 5)
     figure.suptitle(result.title)
     figure.savefig(f"{stem}.png", dpi=150)
     page = f"{caption}\n\n{result.table}\n\n`{command}`; {source}\n"

@@ -344,7 +344,7 @@ def test_a_slurm_job_saves_and_queues_itself_again(stream, tmp_path):
     """With stand-ins for Slurm's commands; the job, torchrun and the run are real."""
     bin = tmp_path / "repo" / ".venv" / "bin"
     bin.mkdir(parents=True)
-    for name, body in {"srun": f'echo $$ > {tmp_path}/pid; exec "$@"', "scancel": f'kill -"${{1#*=}}" $(cat {tmp_path}/pid)',
+    for name, body in {"srun": f'echo $$ > {tmp_path}/pid; echo "$1" > {tmp_path}/cpus; shift; exec "$@"', "scancel": f'kill -"${{1#*=}}" $(cat {tmp_path}/pid)',
                        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
                        "scontrol": f'[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> {tmp_path}/said'}.items():
         (bin / name).write_text(f"#!/bin/sh\n{body}\n")
@@ -352,7 +352,7 @@ def test_a_slurm_job_saves_and_queues_itself_again(stream, tmp_path):
     for path in (*ROOT.glob("*.py"), ROOT / "dev"):
         (tmp_path / "repo" / path.name).symlink_to(path)
     env = {**os.environ, "PATH": f"{bin}:{os.environ['PATH']}", "SLURM_NNODES": "1", "SLURM_JOB_ID": "7",
-           "SLURM_JOB_NODELIST": "here", "SLURM_GPUS_ON_NODE": "1"}
+           "SLURM_JOB_NODELIST": "here", "SLURM_GPUS_ON_NODE": "1", "SLURM_CPUS_PER_TASK": "64"}
     out = tmp_path / "run"
 
     def job(steps):
@@ -363,6 +363,7 @@ def test_a_slurm_job_saves_and_queues_itself_again(stream, tmp_path):
     first.send_signal(signal.SIGUSR1)
     said = result(first).stdout
     assert "the same command goes on" in said and (tmp_path / "said").read_text() == "requeue 7\n"
+    assert (tmp_path / "cpus").read_text() == "--cpus-per-task=64\n"  # srun does not take sbatch's
     at = metrics(out)[-1]["step"]
     second = job(5000)
     wait_for(out, at + 1, second)
@@ -484,7 +485,7 @@ def unfinished(whole, out):
     return RunDir(out, json.loads((out / "config.json").read_text())["identity"], Dist("cpu")), model, build_optimizer("clipped_sgd", model, 100.0)
 
 
-def test_a_good_checkpoint_that_cannot_be_read_is_not_called_damaged(whole, stream, tmp_path):
+def test_a_good_checkpoint_that_cannot_be_read_is_not_called_damaged(whole, stream, tmp_path, capsys):
     run_dir, model, optimizer = unfinished(whole, tmp_path / "run")
     size = int(re.search(r"VmSize:\s+(\d+)", open("/proc/self/status").read())[1]) * 1024
     limit, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -499,7 +500,7 @@ def test_a_good_checkpoint_that_cannot_be_read_is_not_called_damaged(whole, stre
     run_dir.ckpt.rename(tmp_path / "elsewhere.pt")
     for target, reason in (("nowhere", "No such file"), ("/proc/self/mem", "Invalid argument"), (tmp_path, "Is a directory")):
         run_dir.ckpt.symlink_to(target)
-        one_line(run(*settings(data=stream, out=tmp_path / "run")), "ckpt.pt", reason, "check path and permissions")
+        refuse(capsys, "could not read", "ckpt.pt", reason, "check path and permissions", data=stream, out=tmp_path / "run")
         run_dir.ckpt.unlink()
     run_dir.ckpt.symlink_to(tmp_path / "elsewhere.pt")
     assert run_dir.load(model, optimizer)[0] == 12 and run_dir.metrics.read_bytes() == lines
