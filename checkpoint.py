@@ -218,19 +218,19 @@ class RunDir:
             f.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
 
     @rank0
-    def save(self, step, seconds, val_loss, model, optimizer):
+    def save(self, step, seconds, last_eval, model, optimizer):
         """Writes ckpt.pt, whole or not at all."""
         with access("write", self.metrics), open(self.metrics, "ab") as f:
             os.fsync(f.fileno())
             metrics_bytes = f.tell()
-        state = {"identity": self.identity, "step": step, "seconds": seconds, "val_loss": val_loss,
+        state = {"identity": self.identity, "step": step, "seconds": seconds, "last_eval": last_eval,
                  "metrics_bytes": metrics_bytes, "model": model.state_dict(),
                  "optimizer": optimizer.state_dict()}
         self.replace(self.ckpt, lambda f: torch.save(state, f))
 
     def load(self, model, optimizer):
         """Restores ckpt.pt, if there is one, and cuts metrics.jsonl back to it. Returns the steps
-        and seconds done so far, and the last validation loss."""
+        and seconds done so far, and the step and the loss of the last evaluation."""
         state = self.dist.rank0_first(self.restore, model, optimizer)
         self.dist.check_same({str(self.ckpt): state}, "put --out on a disk that they share")
         *progress, metrics_bytes = state
@@ -241,7 +241,7 @@ class RunDir:
 
     def restore(self, model, optimizer):
         if not os.path.lexists(self.ckpt):  # a link to nowhere is an error
-            return 0, 0.0, None, 0
+            return 0, 0.0, (None, None), 0
         with access("read", self.ckpt, "is damaged or no checkpoint of train.py",
                     "restore it from a copy, or choose another --out to start again"):
             # torch.load does not verify checksums
@@ -252,7 +252,7 @@ class RunDir:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             metrics_bytes = state["metrics_bytes"]
-            progress = state["step"], state["seconds"], state["val_loss"], metrics_bytes
+            progress = state["step"], state["seconds"], state["last_eval"], metrics_bytes
         size = self.metrics.stat().st_size if self.metrics.exists() else 0
         if size < metrics_bytes:
             raise UserError(f"{self.metrics} is shorter than when {self.ckpt} was saved: restore "

@@ -62,12 +62,13 @@ class Diagnostics:
 class Metrics:
     """Collects a line per step on the device, without waiting for it, and writes them at flush().
 
-    `seconds` is the training time so far, without evaluations and checkpoints; `val_loss` is that
-    of the last evaluation."""
+    `seconds` is the training time so far, without evaluations and checkpoints; `last_eval` is
+    the step and the loss of the last evaluation."""
 
     def __init__(self, s, run_dir, dataset, model, optimizer):
         self.s, self.run_dir, self.dist, self.optimizer = s, run_dir, run_dir.dist, optimizer
-        self.pending, self.seconds, self.val_loss, self.diverged = [], 0.0, None, False
+        self.pending, self.seconds, self.diverged = [], 0.0, False
+        self.last_eval = None, None
         self.diagnostics = Diagnostics(model)
         self.tokens_per_step = s.batch_size * dataset.seq_len  # padding included, as in the paper
         self.max_loss = 2 * math.log(dataset.vocab_size)  # twice that of a uniform guess: diverged
@@ -139,12 +140,12 @@ class Metrics:
         self.step = step
         self.write([line])
         self.print_step(f"validation loss {val_loss:.4f}")
-        self.val_loss, self.diverged = val_loss, not math.isfinite(val_loss)
+        self.last_eval, self.diverged = (step, val_loss), not math.isfinite(val_loss)
         return not self.diverged
 
     def finish(self):
         """The last line: status "done" or "diverged"."""
-        status, val_loss = ("diverged", None) if self.diverged else ("done", self.val_loss)
+        status, val_loss = ("diverged", None) if self.diverged else ("done", self.last_eval[1])
         self.run_dir.append([{"final": True, "status": status, "step": self.step,
                               "val_loss": val_loss, "seconds": round(self.seconds, 1)}])
         if self.wandb is not None:

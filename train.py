@@ -287,7 +287,7 @@ def train(s):
     if final := run_dir.acquire(describe(s, dist), metrics.start_wandb):
         dist.print0(f"{s.out} is finished: {final['status']}, validation loss {final['val_loss']}")
         return 0
-    start, metrics.seconds, metrics.val_loss = run_dir.load(model, optimizer)
+    start, metrics.seconds, metrics.last_eval = run_dir.load(model, optimizer)
 
     # compile, and wrap for several processes
     problem = compile_problem(device) if s.compile else None
@@ -322,14 +322,14 @@ def train(s):
         if not metrics.flush(step):
             metrics.finish()
             return 0
-        run_dir.save(step, metrics.seconds, metrics.val_loss, model, optimizer)
+        run_dir.save(step, metrics.seconds, metrics.last_eval, model, optimizer)
         dist.print0(f"stopped by a signal after step {step}, saved in {s.out}: the same command "
                     "goes on from here")
         return 128 + (stop_signal.number or signal.SIGTERM)  # it may have come to another rank
 
-    # a checkpoint is older than the evaluation of its step: that comes first when a run continues
+    # a checkpoint may be older than the evaluation of its step: then that comes first
     stop_signal = StopSignal()
-    if is_eval_due(start) and not run_eval(start):
+    if is_eval_due(start) and metrics.last_eval[0] != start and not run_eval(start):
         return end(start)
     metrics.start_clock()
     for step in range(start + 1, s.steps + 1):
@@ -369,7 +369,7 @@ def train(s):
             if not metrics.flush(step):
                 return end(step)
             if to_save:
-                run_dir.save(step, metrics.seconds, metrics.val_loss, model, optimizer)
+                run_dir.save(step, metrics.seconds, metrics.last_eval, model, optimizer)
             if to_eval and not run_eval(step):
                 return end(step)
             metrics.start_clock()

@@ -62,7 +62,7 @@ class Run:
         self.words.append(f"--out={self.out}")
 
     def lines(self, *words):
-        """The lines of metrics.jsonl in which one of these words stands, one after the other."""
+        """The lines of metrics.jsonl that contain any of these keys, in order."""
         path = self.out / "metrics.jsonl"
         if path.exists():
             with open(path) as file:
@@ -206,7 +206,7 @@ def stop_all(signal_number, frame):
 
 
 def run_all(runs, args):
-    """Run what has not run yet in args.pool, or with args.dry print the commands. A failed run
+    """Run in args.pool what has not run yet, or with args.dry print the commands. A failed run
     stops nothing."""
     todo = {run.out: run for run in runs if not run.read() and run.out not in FAILED}
     for out, run in todo.items():
