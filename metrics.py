@@ -62,12 +62,12 @@ class Diagnostics:
 class Metrics:
     """Collects a line per step on the device, without waiting for it, and writes them at flush().
 
-    `seconds` is the training time so far, without evaluations and checkpoints; `last_eval` is
-    the step and the loss of the last evaluation."""
+    `step` is the last one written and `seconds` the training time so far, without evaluations and
+    checkpoints; `last_eval` is the step and the loss of the last evaluation."""
 
     def __init__(self, s, run_dir, dataset, model, optimizer):
         self.s, self.run_dir, self.dist, self.optimizer = s, run_dir, run_dir.dist, optimizer
-        self.pending, self.seconds, self.diverged = [], 0.0, False
+        self.pending, self.step, self.seconds, self.diverged = [], 0, 0.0, False
         self.last_eval = None, None
         self.diagnostics = Diagnostics(model)
         self.tokens_per_step = s.batch_size * dataset.seq_len  # padding included, as in the paper

@@ -287,7 +287,8 @@ def train(s):
     if final := run_dir.acquire(describe(s, dist), metrics.start_wandb):
         dist.print0(f"{s.out} is finished: {final['status']}, validation loss {final['val_loss']}")
         return 0
-    start, metrics.seconds, metrics.last_eval = run_dir.load(model, optimizer)
+    metrics.step, metrics.seconds, metrics.last_eval = run_dir.load(model, optimizer)
+    start = metrics.step
 
     # compile, and wrap for several processes
     problem = compile_problem(device) if s.compile else None

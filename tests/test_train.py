@@ -373,6 +373,20 @@ def test_a_slurm_job_saves_and_queues_itself_again(stream, tmp_path):
     assert result(bad).returncode != 0 and (tmp_path / "said").read_text() == "requeue 7\n" * 2
 
 
+def test_a_run_stopped_just_after_an_evaluation_does_not_repeat_it(whole, stream, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "run")
+    *lines, final = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_bytes(b"".join(lines))
+    state = torch.load(out / "ckpt.pt", weights_only=True)
+    assert state["last_eval"][0] == 6  # a checkpoint comes before the evaluation of its step
+    for last_eval, kept in (((12, json.loads(final)["val_loss"]), lines), (state["last_eval"], lines[:-1])):
+        size = len(b"".join(kept))
+        torch.save({**state, "last_eval": last_eval, "metrics_bytes": size}, out / "ckpt.pt")
+        (out / "metrics.jsonl").write_bytes(b"".join(kept))
+        here(data=stream, out=out)
+        assert metrics(out) == metrics(whole)
+
+
 def test_a_full_disk_keeps_the_old_checkpoint(stream, tmp_path):
     here(data=stream, out=tmp_path)
     (tmp_path / "metrics.jsonl").unlink()  # as if stopped at step 8
