@@ -208,7 +208,6 @@ def demo(args):
 
 
 def gap(args):
-    run_all([method(name, args) for name in METHODS], args)  # where the searches start
     found = dict(zip(METHODS, concurrently(final_runs, METHODS, args)))
     adam, _, adams = found["Adam"]
     rows, lines = [], []
@@ -266,10 +265,9 @@ def ablation(args):
     small, searched = max_stable_lr(lambda **c: method("SGD with momentum", args, **c), args)
     large = method("clipped SGD", args).lr
     # at lr 1e9 every update is clipped: each tensor's is scaled to one RMS
+    options = {"Adam": {}, "clipped SGD": {"only": ["update_clip"], "lr": 1e9, "token_clip": None}}
     (best_adam, tried), (normalized, more) = concurrently(
-        lambda given, args: search(given[0], args, *given[1:2], **given[2]),
-        (("Adam", None, {}),
-         ("clipped SGD", ["update_clip"], {"lr": 1e9, "token_clip": None})), args)
+        lambda name, args: search(name, args, **options[name]), options, args)
     searched += tried + more
 
     cells = {}  # (clip, learning rate): runs

@@ -105,7 +105,7 @@ def resnet18(classes, width=64):
 
 
 class ViTBlock(nn.Module):
-    """Attention with heads of 64, then an MLP, each on the normalized input and beside it."""
+    """Pre-norm attention with heads of 64, then a pre-norm MLP, each with a residual connection."""
 
     def __init__(self, width):
         super().__init__()

@@ -58,18 +58,19 @@ def number_of_runs(target):
     return (int(found[1]), f"as in {page}") if found else (None, f"{page} does not say")
 
 
-def cost(args):
-    """The table of what one run takes, and all runs of args.target."""
+def cost(args, target="paper", gpus=8, peak=989e12, mfu=0.4):
+    """The table of what one run takes, and all runs of a target, on GPUs of `peak` FLOP/s (default:
+    an H100's, dense bf16) of which they reach the share `mfu`."""
     vocab, seq_len = data_shape(args.data)
     s = method("Adam", args).settings
     config, sequences = Config.named(s["model"], vocab), s["steps"] * s["batch_size"]
     tokens, per_token = sequences * seq_len, config.flops_per_token(seq_len)
-    hours = tokens * per_token / (args.gpus * args.peak * args.mfu) / 3600
-    runs, source = number_of_runs(args.target)
+    hours = tokens * per_token / (gpus * peak * mfu) / 3600
+    runs, source = number_of_runs(target)
     lines = [("parameters", f"{config.parameters:,}"),
              ("tokens", f"{tokens:,} ({s['steps']} x {s['batch_size']} x {seq_len})"),
              ("FLOPs", f"{tokens * per_token:.3g} ({per_token:.3g} per token)"),
-             (f"hours on {args.gpus} x {args.peak:.3g} FLOP/s at {args.mfu:.0%}", f"{hours:,.2f}")]
+             (f"hours on {gpus} x {peak:.3g} FLOP/s at {mfu:.0%}", f"{hours:,.2f}")]
     for name in NAMES:
         found = method(name, args).settings
         parts = memory(found, vocab, seq_len)
@@ -80,16 +81,15 @@ def cost(args):
     if args.scale != "nano":
         files = math.ceil(sequences / C4_DOCUMENTS)
         lines.append(("C4 files for one epoch, in rows", f"{files}, {files * C4_GB:,.0f} GB"))
-    lines.append((f"runs of {args.target}, {source}", str(runs or "-")))
+    lines.append((f"runs of {target}, {source}", str(runs or "-")))
     if runs:
-        lines.append((f"hours of {args.target}", f"{runs * hours:,.1f}"))
+        lines.append((f"hours of {target}", f"{runs * hours:,.1f}"))
     return markdown_table((f"one run of {args.scale}", ""), lines)
 
 
 def paper(args):
     """No search: clipped SGD as it was released, Adam and SGD with momentum at our settings."""
-    args.target, args.gpus, args.peak, args.mfu = "paper", args.nproc, 989e12, 0.4
-    print(f"{cost(args)}\n\nThe model, batch, steps and the settings of clipped SGD are the "
+    print(f"{cost(args, gpus=args.nproc)}\n\nThe model, batch, steps and the settings of clipped SGD are the "
           "paper's at 130m, 350m and 1b; Adam's and SGD's settings are ours, not tuned at this "
           "scale.\n", file=sys.stderr if args.dry else sys.stdout, flush=True)
     steps = args.override.get("steps", SCALES[args.scale]["steps"])
@@ -100,13 +100,13 @@ def paper(args):
         return None
     vocab, seq_len = data_shape(args.data)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    peak = args.nproc * PEAK_FLOPS.get(device, math.nan)
+    peak = PEAK_FLOPS.get(device)  # FLOP/s of a GPU
     adams, rows, lines = found["Adam"], [], []
     for name, runs in found.items():
         rows += [run.row(adam) for run, adam in zip(runs, adams)]
         speed = rows[-1]["tok_per_s"]
         per_token = Config.named(rows[-1]["model"], vocab).flops_per_token(seq_len)
-        mfu = speed * per_token / peak if speed and device in PEAK_FLOPS else None
+        mfu = speed * per_token / (args.nproc * peak) if speed and peak else None
         lines.append((name, runs[0].settings_text, outcomes(runs),
                       interval_text(map(gap_to, adams, runs), "+.1%"), fmt(speed, ",.0f"),
                       fmt(mfu, ".0%")))
@@ -133,7 +133,7 @@ def cost_main(words):
     if min(args.gpus, args.peak, args.mfu) <= 0:
         parser.error("--gpus, --peak and --mfu must be above 0")
     args.override = overrides(others, parser)
-    print(cost(args))
+    print(cost(args, args.target, args.gpus, args.peak, args.mfu))
 
 
 if __name__ == "__main__":
