@@ -542,6 +542,8 @@ def main(experiments):
             raise UserError(f"at {args.scale} this is many runs: `make cost TARGET={args.name} "
                             f"SCALE={args.scale}` says how many and how long, TUNE=1 or --tune "
                             "begins, `make paper` has three runs")
+        for name in METHODS:  # a setting that does not suit them all ends it here
+            method(name, args)
         if not args.dry:
             signal.signal(signal.SIGTERM, stop_all)
             signal.signal(signal.SIGINT, stop_all)
