@@ -456,8 +456,7 @@ def write_page(stem, result, caption, source, command, extra={}):
             axes.grid(alpha=0.3)
         labels |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels())}
     if labels and not figure.legends and not any(axes.get_legend() for axes in figure.axes):
-        figure.legend(labels.values(), labels.keys(), loc="outside lower center",
-                      ncols=3 if len(labels) < 7 else 5)
+        figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=3)
     figure.suptitle(result.title)
     figure.savefig(f"{stem}.png", dpi=150)
     page = f"{caption}\n\n{result.table}\n\n`{command}`; {source}\n"
