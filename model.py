@@ -37,7 +37,7 @@ class Config:
     layers: int
     heads: int
     vocab_size: int
-    embedding: str | None = None  # variant of the embedding's output: "detach", "norm" or "scale"
+    embedding: str | None = None  # variant: "detach", "norm", "scale" (of its output) or "large"
     init: str | None = None       # "small" (Takase et al. 2023), or None for N(0, 0.02)
 
     @classmethod
@@ -175,6 +175,8 @@ class LLaMA(nn.Module):
                     std = (2 / (5 * config.hidden)) ** 0.5
                     if name.endswith(("o_proj", "down_proj")):
                         std /= (2 * config.layers) ** 0.5
+                if config.embedding == "large" and isinstance(module, nn.Embedding):
+                    std *= config.hidden**0.5  # as if by "scale", but at the start alone (ours)
                 nn.init.normal_(module.weight, std=std)
 
     def forward(self, tokens, targets=None, reduction="sum"):

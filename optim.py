@@ -82,8 +82,9 @@ class ClippedSGD(torch.optim.Optimizer):
         params: parameters or groups, of any floating dtypes. State: one tensor per parameter.
         lr: in weight units per gradient unit; 100 to 300 in the paper. A number or a 0-d tensor.
         momentum: decay of the average, in [0, 1). Default 0.9; 0 needs no state.
-        token_clip: largest norm of a row of m, in gradient units, or None (default). Rows are token
-            classes: set it, to the paper's 1e-3, on the group of lm_head's weight [vocab, hidden].
+        token_clip: largest norm of a row of m, in gradient units, or None (default). The paper has
+            it on lm_head's weight [vocab, hidden] alone, whose rows are token classes, at 1e-3.
+            It suits any matrix; on all of them (--row_clip of train.py) it is ours.
         update_clip: largest RMS of a tensor's update, in weight units, or None. Default 5e-4, the
             paper's (2e-4 at 1B). While it binds, neither lr nor its schedule changes the step.
         foreach: all tensors at once (default), or the reference, one after the other.
@@ -107,7 +108,7 @@ class ClippedSGD(torch.optim.Optimizer):
             if group[name] is not None and not group[name] > 0:
                 raise ValueError(f"{name} must be above 0 or None, not {group[name]}")
         if group["token_clip"] is not None and any(p.dim() != 2 for p in group["params"]):
-            raise ValueError("token_clip needs 2-D parameters: set it on the output layer only")
+            raise ValueError("token_clip needs 2-D parameters: give the others a group of their own")
         self.param_groups.append(group)
 
     @torch.no_grad()
@@ -149,18 +150,71 @@ class ClippedSGD(torch.optim.Optimizer):
         return {name: mean(flags) if flags else None for name, flags in self._clipped.items()}
 
 
-def build_optimizer(name, model, lr, momentum=0.9, token_clip=1e-3, update_clip=5e-4, beta1=0.9,
-                    beta2=0.95, weight_decay=0.0):
-    """One of the optimizers compared, for a model whose output layer is `lm_head`. "sgd" is
-    ClippedSGD without the clips, so that the two differ in nothing else."""
-    head = model.lm_head.weight
-    body = [p for p in model.parameters() if p is not head]
-    groups = [{"params": body}, {"params": [head]}]
+class SCALE(torch.optim.Optimizer):
+    """Normalized SGD with momentum on the output layer alone (arXiv 2506.16659): each row of a
+    matrix's gradient, and each column of the embedding's, is divided by its RMS; norm gains, in
+    groups whose `normalize` is None, take Adam.
+
+    Every group has the options normalize, the dimension along which the RMS is taken, and momentum,
+    the decay of the average that is normalized in the gradient's place, 0 for none."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, dict(lr=lr, momentum=0.0, normalize=1))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in [p for p in group["params"] if p.grad is not None]:
+                u, state = p.grad, self.state[p]
+                if group["normalize"] is None:
+                    if not state:
+                        state.update(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
+                    state["step"] += 1
+                    m = state["m"].lerp_(u, 1 - 0.9) / (1 - 0.9 ** state["step"])
+                    v = state["v"].lerp_(u * u, 1 - 0.999) / (1 - 0.999 ** state["step"])
+                    p.sub_(m / (v.sqrt() + 1e-8), alpha=group["lr"])
+                    continue
+                if group["momentum"]:
+                    m = state.setdefault("m", torch.zeros_like(p))
+                    u = m.lerp_(u, 1 - group["momentum"])
+                rms = u.square().mean(group["normalize"], keepdim=True).sqrt()
+                p.sub_(u / rms.clamp(min=1e-8), alpha=group["lr"])
+
+
+def build_optimizer(name, model, lr, momentum=0.9, token_clip=1e-3, row_clip=None, update_clip=5e-4,
+                    schedule_update_clip=False, beta1=0.9, beta2=0.95, weight_decay=0.0,
+                    multipliers={}):
+    """One of the optimizers compared, for a LLaMA. "sgd" is ClippedSGD without the clips, so that
+    the two differ in nothing else.
+
+    It has a group for each kind of tensor: embedding, lm_head, matrix (the others) and norm.
+    multipliers, {kind: number}, scale the lr of a group, and its update_clip: the size of its steps
+    whether or not that binds. group["peak"] holds the options that follow the schedule.
+    """
+    kinds = {"embedding": [model.model.embed_tokens.weight], "lm_head": [model.lm_head.weight],
+             "matrix": [], "norm": []}
+    rest = {p for params in kinds.values() for p in params}
+    for p in [p for p in model.parameters() if p not in rest]:
+        kinds["matrix" if p.dim() == 2 else "norm"].append(p)
+    groups = []
+    for kind, params in kinds.items():
+        factor = multipliers.get(kind, 1.0)
+        group = {"params": params, "lr": factor * lr, "peak": {"lr": factor * lr}}
+        if name == "clipped_sgd":
+            group["token_clip"] = {"lm_head": token_clip, "norm": None}.get(kind, row_clip)
+            group["update_clip"] = update_clip and factor * update_clip
+            if schedule_update_clip and update_clip:
+                group["peak"]["update_clip"] = group["update_clip"]
+        elif name == "scale":
+            group["normalize"] = {"embedding": 0, "norm": None}.get(kind, 1)
+            group["momentum"] = momentum if kind == "lm_head" else 0
+        groups.append(group)
     if name == "clipped_sgd":
-        groups[1]["token_clip"] = token_clip
-        return ClippedSGD(groups, lr, momentum, update_clip=update_clip)
+        return ClippedSGD(groups, lr, momentum)
     if name == "sgd":
         return ClippedSGD(groups, lr, momentum, update_clip=None)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr, (beta1, beta2), weight_decay=weight_decay, fused=True)
-    raise ValueError(f"no optimizer {name}: choose clipped_sgd, sgd or adamw")
+    if name == "scale":
+        return SCALE(groups, lr)
+    raise ValueError(f"no optimizer {name}: choose clipped_sgd, sgd, adamw or scale")

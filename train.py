@@ -48,16 +48,22 @@ class Settings:
     out: str = setting("", "folder of this run; an unfinished run in it is continued")
     data: str = setting("data/python", "data directory, or a folder of llm.c's shards")
     model: str = setting("nano", "micro, nano, mini, 60m, 130m, 350m or 1b")
-    embedding: str | None = setting(None, "variant of Takase et al.: detach, norm, scale or none")
+    embedding: str | None = setting(None, "variant (model.py): detach, norm, scale, large or none")
     init: str | None = setting(None, "small: initial weights of Takase et al.; none: N(0, 0.02)")
     init_from: str | None = setting(None, "start from this folder in Hugging Face's LLaMA format")
     seed: int = setting(42, "random seed of the initial weights and the data order")
     # optimizer
-    optimizer: str = setting("clipped_sgd", "clipped_sgd, sgd or adamw")
+    optimizer: str = setting("clipped_sgd", "clipped_sgd, sgd, adamw or scale")
     lr: float = setting(100.0, "peak learning rate; this default is for clipped_sgd only")
-    momentum: float = setting(0.9, "clipped_sgd, sgd: decay of the moving average of gradients")
+    embedding_mult: float = setting(1.0, "times lr and update_clip: of the embedding")
+    lm_head_mult: float = setting(1.0, "the same of the output layer")
+    matrix_mult: float = setting(1.0, "the same of the other matrices")
+    norm_mult: float = setting(1.0, "the same of the gains of the norms")
+    momentum: float = setting(0.9, "all but adamw: decay of the moving average of gradients")
     token_clip: float | None = setting(1e-3, "clipped_sgd: max. norm of lm_head's rows, or none")
+    row_clip: float | None = setting(None, "clipped_sgd: the same of all other matrices, or none")
     update_clip: float | None = setting(5e-4, "clipped_sgd: max. RMS of a tensor's update, or none")
+    schedule_update_clip: bool = setting(False, "clipped_sgd: update_clip follows the schedule")
     beta1: float = setting(0.9, "adamw: decay of the average of gradients")
     beta2: float = setting(0.95, "adamw: decay of the average of squared gradients")
     weight_decay: float = setting(0.0, "adamw: decoupled, times the learning rate")
@@ -82,12 +88,14 @@ class Settings:
 
 
 # the settings that only one optimizer has, and the allowed values of settings that are words
-OPTIMIZER_SETTINGS = {"clipped_sgd": ("momentum", "token_clip", "update_clip"),
+OPTIMIZER_SETTINGS = {"clipped_sgd": ("momentum", "token_clip", "row_clip", "update_clip",
+                                      "schedule_update_clip"),
                       "sgd": ("momentum",),
-                      "adamw": ("beta1", "beta2", "weight_decay")}
+                      "adamw": ("beta1", "beta2", "weight_decay"),
+                      "scale": ("momentum",)}
 CHOICES = {"model": tuple(SIZES), "optimizer": tuple(OPTIMIZER_SETTINGS),
-           "embedding": (None, "detach", "norm", "scale"), "init": (None, "small"),
-           "dtype": ("auto", "float32", "bfloat16"), "device": ("auto", "cpu", "cuda")}
+           "embedding": (None, "detach", "norm", "scale", "large"), "init": (None, "small"),
+           "schedule_update_clip": (True, False), "dtype": ("auto", "float32", "bfloat16"), "device": ("auto", "cpu", "cuda")}
 # may change when a run continues; all other settings, and a hash of the data, identify it
 MAY_CHANGE = ("out", "data", "micro_batch", "log_every", "diag_every", "save_every", "wandb",
               "compile", "device")
@@ -171,13 +179,14 @@ def parse(argv):
 
 # ---- the parts of training -----------------------------------------------------------------------
 
-def learning_rate(s, step):
-    """The learning rate of step 1, 2, ..., s.steps: linear warm-up, then a cosine."""
+def schedule(s, step):
+    """The share of the peak learning rate at step 1, 2, ..., s.steps: linear warm-up, then a
+    cosine."""
     warmup_steps = round(s.warmup * s.steps)
     if step <= warmup_steps:
-        return s.lr * step / warmup_steps
+        return step / warmup_steps
     progress = (step - warmup_steps) / (s.steps - warmup_steps)
-    return s.lr * (s.min_lr + (1 - s.min_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return s.min_lr + (1 - s.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def compile_problem(device):
@@ -280,6 +289,8 @@ def train(s):
         from sample import load_pretrained  # imported here, as it needs more packages
         model.load_state_dict(dist.rank0_first(load_pretrained, s.init_from, config))
     options = {name: getattr(s, name) for name in OPTIMIZER_SETTINGS[s.optimizer]}
+    options["multipliers"] = {kind: getattr(s, f"{kind}_mult")
+                              for kind in ("embedding", "lm_head", "matrix", "norm")}
     optimizer = build_optimizer(s.optimizer, model, s.lr, **options)
 
     # the run's folder: refuse another run's, leave a finished one alone, else continue
@@ -334,10 +345,10 @@ def train(s):
         return end(start)
     metrics.start_clock()
     for step in range(start + 1, s.steps + 1):
-        # set the learning rate
-        lr = learning_rate(s, step)
+        # set the learning rate, and with --schedule_update_clip the update clip
+        factor = schedule(s, step)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group.update({name: factor * peak for name, peak in group["peak"].items()})
 
         # get this process's part of the batch
         inputs, targets, num_targets = next_batch(sampler, step, dist)
@@ -361,7 +372,7 @@ def train(s):
         if s.grad_clip is not None:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), s.grad_clip, grad_norm)
         optimizer.step()
-        metrics.after_step(step, lr, loss, grad_norm)
+        metrics.after_step(step, factor * s.lr, loss, grad_norm)
         optimizer.zero_grad(set_to_none=True)
 
         # log, save, evaluate, each every so many steps

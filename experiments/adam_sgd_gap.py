@@ -1,7 +1,7 @@
 """The Adam-SGD gap (Glentis et al. 2026, arXiv 2605.17787): one function per experiment.
 
-    python -m experiments.adam_sgd_gap demo                   # Adam, SGD, clipped SGD side by side
-    python -m experiments.adam_sgd_gap gap --data=data/news   # five methods, tuned, three seeds
+    python -m experiments.adam_sgd_gap demo                   # four methods side by side
+    python -m experiments.adam_sgd_gap gap --data=data/news   # seven methods, tuned, five seeds
     python -m experiments.adam_sgd_gap gap --scale=1b --nproc=8 --dry    # the paper's scale
     python -m experiments.adam_sgd_gap batch --jobs=2 --dtype=bfloat16   # any setting of train.py
 
@@ -29,7 +29,7 @@ from experiments.sweep import (
     rerun_with_new_seeds, run_all, save_results, stop_all)
 from loader import UserError, read_meta, token_counts
 from metrics import frequency_groups
-from model import SIZES
+from model import SIZES, Config
 
 SEED = 42  # of searches; final runs have others
 SETTINGS = {field.name for field in fields(train.Settings)}
@@ -43,39 +43,54 @@ SCALES = {
     "1b": {"model": "1b", "batch_size": 4096, "steps": 19125},
 }
 LARGE = {"eval_tokens": 10_000_000, "save_every": 500, "micro_batch": 32}  # all but nano
+NAMES = ("Adam", "SGD with momentum", "clipped SGD", "clipped SGD, all rows")  # of demo and paper
 CURVE = 4  # evaluations along a run whose validation loss is drawn over the steps
 
-# start: where a search begins; at: what differs at a scale (the paper's values for clipped SGD,
-# ours for Adam); axes: what is searched beside lr, in steps of about sqrt(10) for every method.
+# start: where a search begins; at: what differs at a scale (for clipped SGD the paper's values; at
+# nano the best of an earlier search, for every method); axes: what is searched beside lr, in steps
+# of about sqrt(10) for every method.
 MOMENTA = (0.5, 0.8, 0.9, 0.95, 0.98)
-ADAM_AXES = {"beta1": MOMENTA, "beta2": (0.8, 0.9, 0.95, 0.99, 0.999)}
-GRAD_CLIPS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+GRAD_CLIPS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+UPDATE_CLIPS = (1.58e-5, 5e-5, 1.58e-4, 5e-4, 1.58e-3, 5e-3, 1.58e-2)
+ROW_CLIPS = (3.16e-6, 1e-5, 3.16e-5, 1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2)
 METHODS = {
     "Adam": {
-        "start": {"optimizer": "adamw", "lr": 3.16e-3, "beta1": 0.9, "beta2": 0.95},
-        "at": {scale: {"lr": 1e-3} for scale in ("60m", "130m", "350m", "1b")},
-        "axes": ADAM_AXES},
-    "Adam, global norm clipped": {
-        "start": {"optimizer": "adamw", "lr": 3.16e-3, "beta1": 0.9, "beta2": 0.95,
-                  "grad_clip": 1.0},
-        "at": {scale: {"lr": 1e-3} for scale in ("60m", "130m", "350m", "1b")},
-        "axes": {**ADAM_AXES, "grad_clip": GRAD_CLIPS}},
+        "start": {"optimizer": "adamw", "lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0},
+        "at": {"nano": {"lr": 3.16e-3, "beta1": 0.8, "beta2": 0.99, "grad_clip": 0.3}},
+        "axes": {"beta1": MOMENTA, "beta2": (0.8, 0.9, 0.95, 0.99, 0.999),
+                 "grad_clip": GRAD_CLIPS}},
     "SGD": {"start": {"optimizer": "sgd", "momentum": 0, "lr": 0.316}, "axes": {}},
     "SGD with momentum": {
         "start": {"optimizer": "sgd", "lr": 1.0, "momentum": 0.9},
+        "at": {"nano": {"momentum": 0.8}},
         "axes": {"momentum": MOMENTA}},
     "SGD, global norm clipped": {  # where the clip binds, lr x grad_clip is the length of a step
         "start": {"optimizer": "sgd", "lr": 31.6, "momentum": 0.9, "grad_clip": 0.1},
+        "at": {"nano": {"lr": 316.0, "grad_clip": 0.03}},
         "axes": {"grad_clip": GRAD_CLIPS, "momentum": MOMENTA},
         "against": ("grad_clip",)},
     "clipped SGD": {
         "start": {"optimizer": "clipped_sgd", "lr": 100.0, "token_clip": 1e-3,
                   "update_clip": 5e-4, "momentum": 0.9},
-        "at": {"350m": {"lr": 200.0}, "1b": {"lr": 300.0, "update_clip": 2e-4}},
-        "axes": {"update_clip": (1.58e-5, 5e-5, 1.58e-4, 5e-4, 1.58e-3, 5e-3, 1.58e-2),
-                 "token_clip": (3.16e-6, 1e-5, 3.16e-5, 1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2),
-                 "momentum": MOMENTA}},
+        "at": {"nano": {"lr": 1000.0, "token_clip": 3.16e-4, "momentum": 0.8},
+               "350m": {"lr": 200.0}, "1b": {"lr": 300.0, "update_clip": 2e-4}},
+        "axes": {"update_clip": UPDATE_CLIPS, "token_clip": ROW_CLIPS, "momentum": MOMENTA}},
+    "clipped SGD, all rows": {  # ours: the rows of every matrix, nearly always
+        "start": {"optimizer": "clipped_sgd", "lr": 316.0, "token_clip": 1e-4, "row_clip": 1e-4,
+                  "update_clip": 1e-3, "momentum": 0.9, "schedule_update_clip": True},
+        "at": {"nano": {"update_clip": 5e-4, "momentum": 0.8, "schedule_update_clip": False}},
+        "axes": {"update_clip": UPDATE_CLIPS, "row_clip": ROW_CLIPS, "momentum": MOMENTA,
+                 "schedule_update_clip": (False, True)}},
+    "SCALE": {
+        "start": {"optimizer": "scale", "lr": 1e-3, "momentum": 0.9},
+        "axes": {"momentum": MOMENTA}},
 }
+# What a second search changes, in steps of 2, all else as the first has found it. It begins where
+# Adam and clipped SGD were best in a trial by hand, or at 1 where that is better.
+MULTIPLIED = ("Adam", "SGD with momentum", "clipped SGD", "clipped SGD, all rows", "SCALE")
+FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+MULTIPLIERS = dict.fromkeys(("embedding_mult", "lm_head_mult", "matrix_mult"), FACTORS)
+MULTIPLIER_START = {"embedding_mult": 4.0, "lm_head_mult": 2.0, "matrix_mult": 0.5}
 
 
 # ---- parts of experiments ----
@@ -86,30 +101,30 @@ def method(name, args, **changes):
     settings = {**SCALES[args.scale], **large, "eval_every": None, "data": args.data, "seed": SEED,
                 **spec["start"], **spec.get("at", {}).get(args.scale, {}), **args.override,
                 **changes}
-    return Run(name, settings, ("lr", *spec["axes"]))
+    return Run(name, settings, ("lr", *spec["axes"], *MULTIPLIERS))
 
 
 def search(name, args, only=None, below=math.inf, **changes):
     """The best run of a method and all that were tried, over lr and its axes or `only` some, at
     learning rates below `below`."""
-    axes = {"lr": [lr for lr in LR_GRID if lr < below], **METHODS[name]["axes"]}
-    axes = {axis: grid for axis, grid in axes.items() if only is None or axis in only}
+    grids = {"lr": [lr for lr in LR_GRID if lr < below], **METHODS[name]["axes"], **MULTIPLIERS}
+    axes = {axis: grids[axis] for axis in only or ("lr", *METHODS[name]["axes"])}
     return coordinate_search(lambda **more: method(name, args, **{**changes, **more}), axes, args,
                              METHODS[name].get("against", ()))
 
 
-def final_runs(name, args):
+def final_runs(name, args, only=None, **changes):
     """A method at the best settings that a search finds, at other seeds than the search's; where
     one of these diverges, at the best settings below that learning rate, and so on. Returns the
     best run of the search, all its runs, and those at the other seeds."""
-    best, tried = search(name, args)
+    best, tried = search(name, args, only, **changes)
     curve = {"eval_every": max(1, best.settings["steps"] // CURVE)} | args.override
     while True:
         runs = run_all(rerun_with_new_seeds(best, args, first=1, **curve), args)
         lower = next_below(LR_GRID, best.lr)
         if not any(run.diverged for run in runs) or lower is None:
             return best, tried, runs
-        best, more = search(name, args, below=best.lr, **{**best.settings, "lr": lower})
+        best, more = search(name, args, only, best.lr, **{**best.settings, "lr": lower})
         tried += runs + more
 
 
@@ -148,9 +163,14 @@ def batch_sizes(args):
             for n in (size // 16, size // 4, size, 4 * size)]
 
 
-def state_bytes(s):
-    """Bytes of optimizer state per parameter: Adam has two fp32 averages, momentum is one."""
-    return {"adamw": 8, "sgd": 4, "clipped_sgd": 4}[s["optimizer"]] if s.get("momentum", 1) else 0
+def state_bytes(s, vocab_size):
+    """Bytes of optimizer state per parameter: Adam has two fp32 averages, momentum is one, which
+    SCALE has for lm_head alone (we leave out its averages for the norm gains)."""
+    if not s.get("momentum", 1):
+        return 0
+    config = Config.named(s["model"], vocab_size)
+    head = vocab_size * config.hidden / config.parameters
+    return {"adamw": 8, "sgd": 4, "clipped_sgd": 4, "scale": 4 * head}[s["optimizer"]]
 
 
 def clip_shares(run):
@@ -191,7 +211,7 @@ def demo(args):
                         f"`make gap SCALE={args.scale}` first")
     best = {}  # the first row of each method at its best settings
     for row in json.loads(page.read_text())["rows"]:
-        if row["role"] == "seed" and row["method"] in ("Adam", "SGD with momentum", "clipped SGD"):
+        if row["role"] == "seed" and row["method"] in NAMES:
             best.setdefault(row["method"], {name: row[name] for name in row.keys() & SETTINGS})
     runs = run_all([method(name, args, **{**row, "data": args.data, **args.override})
                     for name, row in best.items()], args)
@@ -203,37 +223,64 @@ def demo(args):
          for run, row in zip(runs, rows)])
     return ExperimentResult(
         "Adam, SGD and clipped SGD side by side", table, rows, runs,
-        f"The first seed of three rows of {page.with_suffix('.md')}, each method at its best "
-        "settings.", lambda axes: plot_losses(axes, {run.label: [run] for run in runs}))
+        f"The first seed of the first {len(NAMES)} of these methods in {page.with_suffix('.md')}, each at "
+        "its best settings.", lambda axes: plot_losses(axes, {run.label: [run] for run in runs}))
 
 
 def gap(args):
-    found = dict(zip(METHODS, concurrently(final_runs, METHODS, args)))
-    adam, _, adams = found["Adam"]
-    rows, lines = [], []
-    for name, (best, tried, runs) in found.items():
-        rows += [run.row(other) | {"role": "seed"} for run, other in zip(runs, adams)]
-        rows += [run.row(adam) | {"role": "search"} for run in tried]
-        edges = [axis for axis, grid in METHODS[name]["axes"].items()
-                 if best.settings[axis] in (grid[0], grid[-1])]
-        edge = f" (the grid's edge: {', '.join(edges)})" if edges else ""
-        lines.append((name, runs[0].settings_text + edge, outcomes(runs),
-                      interval_text([math.exp(run.loss) for run in runs], ".1f"),
-                      interval_text(map(gap_to, adams, runs), "+.1%"),
-                      interval_text([run.loss - other.loss for run, other in zip(runs, adams)],
-                                    "+.3f"),
-                      *clip_shares(runs[0]), str(state_bytes(best.settings)), str(len(tried))))
+    def both(name, args):
+        found = {"common": final_runs(name, args)}
+        if name in MULTIPLIED:
+            best = found["common"][0]
+            trial = method(name, args, **{**best.settings, **MULTIPLIER_START})
+            start = min(run_all([best, trial], args), key=lambda run: run.loss).settings
+            start = dict.fromkeys(MULTIPLIERS, 1.0) | start
+            found["by kind"] = final_runs(name, args, tuple(MULTIPLIERS), **start)
+            found["by kind"][1].append(trial)
+        return found
+    found = dict(zip(METHODS, concurrently(both, METHODS, args)))
+    vocab_size = read_meta(args.data)["vocab_size"]
+    rows, lines, all_runs = [], [], []
+    for block, names in (("common", METHODS), ("by kind", MULTIPLIED)):
+        adam, _, adams = found["Adam"][block]
+        for name in names:
+            best, tried, runs = found[name][block]
+            all_runs += runs + tried
+            rows += [run.row(other) | {"role": "seed", "step_sizes": block}
+                     for run, other in zip(runs, adams)]
+            rows += [run.row(adam) | {"role": "search", "step_sizes": block} for run in tried]
+            grids = METHODS[name]["axes"] if block == "common" else MULTIPLIERS
+            edges = [axis for axis, grid in grids.items() if len(grid) > 2
+                     and best.settings[axis] in (grid[0], grid[-1])]
+            edge = f" (the grid's edge: {', '.join(edges)})" if edges else ""
+            lines.append((block, name, runs[0].settings_text + edge, outcomes(runs),
+                          interval_text([math.exp(run.loss) for run in runs], ".1f"),
+                          interval_text(map(gap_to, adams, runs), "+.1%"),
+                          interval_text([run.loss - other.loss for run, other in zip(runs, adams)],
+                                        "+.3f"),
+                          *clip_shares(runs[0]), f"{state_bytes(best.settings, vocab_size):.3g}",
+                          str(len(tried))))
     table = markdown_table(
-        ("method", "best settings", "validation loss", "perplexity", "gap to Adam", "gap, nats",
-         "tensors clipped", "token rows clipped", "state, bytes per parameter",
+        ("step sizes", "method", "best settings", "validation loss", "perplexity", "gap to Adam",
+         "gap, nats", "tensors clipped", "rows clipped", "state, bytes per parameter",
          "runs of the search"), lines)
+
+    def draw(panels):
+        titles = {"common": "one step size for all tensors", "by kind": "step sizes by kind of tensor"}
+        for axes, (block, title) in zip(panels, titles.items()):
+            plot_losses(axes, {name: blocks[block][-1] for name, blocks in found.items()
+                               if block in blocks})
+            axes.sharey(panels[0])
+            axes.set_title(title)
+        panels[1].set_ylabel(None)
     return ExperimentResult(
-        "Each method at its best settings", table, rows,
-        sum([runs + tried for _, tried, runs in found.values()], []),
+        "Each method at its best settings", table, rows, all_runs,
         f"Each method at the best settings that a search found at seed {SEED}, run at other seeds; "
-        "where one of these diverged, the search went on below that learning rate. Mean and 95% "
-        "interval (Student's t); gaps are taken seed by seed; shares clipped are of the first "
-        "seed.", lambda axes: plot_losses(axes, {name: runs for name, (*_, runs) in found.items()}))
+        "where one of these diverged, the search went on below that learning rate. Step sizes by "
+        "kind: five of the methods in a second search, over multipliers of the steps of the "
+        "embedding, lm_head and the other matrices, from where the first ended. Mean and 95% interval (Student's t); gaps are "
+        "taken seed by seed, to Adam with the same kind of step sizes; shares clipped are of the "
+        "first seed.", draw, (1, 2))
 
 
 def lr(args):
@@ -437,7 +484,7 @@ def thresholds(args):
 
 def frequency(args):
     """Figure 1 of Kunstner et al. 2024, with clipped SGD as one more optimizer; gap's runs."""
-    names = ("Adam", "SGD with momentum", "clipped SGD")
+    names = NAMES[:3]
     if not args.dry and not Path(args.data, "token_counts.npy").exists():
         raise UserError(f"{args.data}/token_counts.npy is missing: restore it, or prepare the data "
                         "again with data/prepare.py into another folder")
@@ -515,7 +562,7 @@ def main(experiments):
     option("--scale", choices=SCALES, default="nano")
     option("--data", default="data/python", help="data directory, made by data/prepare.py")
     option("--seeds", type=int, choices=range(1, 11), metavar="N",
-           help="of final runs [3, in paper 1]")
+           help="of final runs [3; 5 in gap and frequency, 1 in paper]")
     option("--nproc", type=int, default=1, help="processes per run, by torchrun [1]")
     option("--jobs", type=int, default=torch.cuda.device_count() or cores,
            help="runs at a time [one per GPU, or per core of a CPU, at most 8]")
@@ -529,7 +576,7 @@ def main(experiments):
     args.override, args.data = overrides(others, parser), args.data.rstrip("/")
     # what is not the default is in the page's name
     args.suffix = "" if args.data == "data/python" else f"-{Path(args.data).name}"
-    default = 1 if args.name == "paper" else 3
+    default = {"paper": 1, "gap": 5, "frequency": 5}.get(args.name, 3)
     args.suffix += "" if args.seeds in (None, default) else f"-seeds{args.seeds}"
     args.seeds = args.seeds or default
     args.suffix += "".join(f"-{name}{value}" for name, value in args.override.items())

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from experiments.adam_sgd_gap import (
-    EXPERIMENTS, SCALES, main, method, overrides, plot_losses, state_bytes)
+    EXPERIMENTS, NAMES, SCALES, main, method, overrides, plot_losses, state_bytes)
 from experiments.bench import PEAK_FLOPS
 from experiments.sweep import (
     ExperimentResult, fmt, gap_to, interval_text, markdown_table, outcomes, rerun_with_new_seeds,
@@ -20,7 +20,6 @@ from experiments.sweep import (
 from loader import read_meta
 from model import Config
 
-NAMES = ("Adam", "SGD with momentum", "clipped SGD")
 C4_DOCUMENTS, C4_GB = 364_868_892 / 1024, 305 / 1024  # of one of its 1,024 files (its data card)
 
 
@@ -42,7 +41,7 @@ def memory(s, vocab, seq_len):
     config = Config.named(s["model"], vocab)
     tokens = (s.get("micro_batch") or s["batch_size"]) * seq_len
     parts = {"weights": 4 * config.parameters, "gradients": 4 * config.parameters,
-             "optimizer state": state_bytes(s) * config.parameters,
+             "optimizer state": state_bytes(s, vocab) * config.parameters,
              "copies of the weights": 6 * config.parameters,
              "activations": 2 * tokens * config.layers * (7 * config.hidden + 3 * config.ffn),
              "logits": 4 * tokens * vocab}
@@ -76,7 +75,7 @@ def cost(args, target="paper", gpus=8, peak=989e12, mfu=0.4):
         parts = memory(found, vocab, seq_len)
         sizes = ", ".join(f"{part} {size:.2f}" for part, size in parts.items())
         lines.append((f"GiB per GPU, {name}", f"{sum(parts.values()):.2f} ({sizes})"))
-        checkpoint = (4 + state_bytes(found)) * config.parameters / 2**30
+        checkpoint = (4 + state_bytes(found, vocab)) * config.parameters / 2**30
         lines.append((f"GiB of a checkpoint, {name}", f"{checkpoint:.2f}, twice while it is saved"))
     if args.scale != "nano":
         files = math.ceil(sequences / C4_DOCUMENTS)

@@ -26,7 +26,7 @@ def spikes(args):
         if name in args.override:
             raise UserError(f"the models differ by --embedding and --init: drop --{name}")
     s = method("Adam", args).settings
-    short = resized(s, args, s["batch_size"] // 4, 2 * s["steps"])
+    short = resized(s, args, s["batch_size"] // 4, 2 * s["steps"]) | {"grad_clip": None}
     grids = {(name, variant): lr_grid(name, args, **short, **changes)
              for name in METHODS for variant, changes in VARIANTS.items()}
     run_all(sum(grids.values(), []), args)

@@ -99,8 +99,9 @@ class Run:
 
     @property
     def settings_text(self):
-        return ", ".join(f"{name} {self.settings[name]:g}" for name in self.axes
-                         if self.settings.get(name) is not None)
+        values = {name: self.settings.get(name) for name in self.axes}
+        return ", ".join(f"{name} {value}" if value is True else f"{name} {value:g}"
+                         for name, value in values.items() if value not in (None, False))
 
     @property
     def spikes(self):
@@ -369,7 +370,8 @@ STYLES = {
     "SGD with momentum": {"color": "#d55e00", "linestyle": ":", "marker": "s"},
     "SGD, global norm clipped": {"color": "#009e73", "linestyle": "-.", "marker": "^"},
     "clipped SGD": {"color": "#0072b2", "linestyle": "--", "marker": "D"},
-    "Adam, global norm clipped": {"color": "#cc79a7", "linestyle": "-.", "marker": "P"},
+    "clipped SGD, all rows": {"color": "#56b4e9", "linestyle": "-", "marker": "d"},
+    "SCALE": {"color": "#cc79a7", "linestyle": "-.", "marker": "P"},
 }
 
 
