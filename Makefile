@@ -1,10 +1,10 @@
 # `make` lists the targets. Everything runs in .venv, which the first target that needs it makes.
 PYTHON ?= python3
 SCALE ?= nano
-DATA ?= $(if $(filter nano,$(SCALE)),data/python,data/c4)
+DATA ?= $(if $(filter micro nano,$(SCALE)),data/python,data/c4)
 PY := .venv/bin/python
 READY := .venv/installed $(if $(DRY),,$(DATA))
-OPTIONS := --scale=$(SCALE) --data=$(DATA) $(if $(SEEDS),--seeds=$(SEEDS)) \
+OPTIONS = --scale=$(SCALE) --data=$(DATA) $(if $(SEEDS),--seeds=$(SEEDS)) \
 	$(if $(NPROC),--nproc=$(NPROC)) $(if $(JOBS),--jobs=$(JOBS)) $(if $(DRY),--dry) \
 	$(if $(TUNE),--tune) $(FLAGS)
 
@@ -15,9 +15,9 @@ help:  ## this list
 	@echo "at a scale beyond nano, PYTHON=interpreter."
 	@awk -F ':.*## ' '/^[a-z\/]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(READY)  ## Adam, SGD with momentum and clipped SGD: a table and a picture in three minutes
+demo: $(READY)  ## Adam, SGD with momentum, clipped SGD: a table and a picture in four minutes
 
-gap: $(READY)  ## six methods, each at its best settings: the gap to Adam, with intervals; an hour
+gap: $(READY)  ## seven methods, each at its best settings: the gap to Adam, with intervals; two hours
 
 lr: $(READY)  ## loss against learning rate, and the maximum stable learning rate; ten minutes
 
@@ -34,7 +34,11 @@ frequency: $(READY)  ## the loss of frequent and rare tokens along training; sha
 demo gap lr ablation batch dynamics thresholds frequency:
 	$(PY) -m experiments.adam_sgd_gap $@ $(OPTIONS)
 
-paper: $(READY)  ## at SCALE the paper's comparison at stated settings, no search: three runs
+length: .venv/installed $(if $(DRY),,data/packages)  ## the gap against tokens per parameter, up to 20; SCALE=micro: six hours
+	$(PY) -m experiments.length $(OPTIONS)
+length: DATA = data/packages
+
+paper: $(READY)  ## at SCALE the paper's comparison at stated settings, no search: four runs
 	$(PY) -m experiments.paper $(OPTIONS)
 
 cost: .venv/installed  ## of TARGET at SCALE: runs, hours, memory, disk, files; runs nothing
@@ -71,6 +75,9 @@ test-rest:
 data/python: .venv/installed  ## the embedded corpus: the source of Python's own standard library
 	$(PY) data/prepare.py python --out=$@
 
+data/packages: | .venv/installed  ## the source of the packages that requirements.txt pins, 70 MB
+	$(PY) data/prepare.py packages --out=$@
+
 data/mnist: | .venv/installed  ## the four files of MNIST, downloaded
 	$(PY) data/prepare.py mnist --out=$@
 
@@ -86,5 +93,5 @@ data/c4:
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.PHONY: help demo gap lr ablation batch dynamics thresholds frequency spikes paper cost toy images report \
+.PHONY: help demo gap lr ablation batch dynamics thresholds frequency spikes length paper cost toy images report \
 	bench drill test test-runs test-rest data/python

@@ -20,6 +20,7 @@ import torch.distributed
 from loader import UserError, access
 
 CODE = ("train.py", "model.py", "optim.py", "loader.py", "checkpoint.py", "metrics.py")
+SAVE_SECONDS = 300
 
 
 class Busy(UserError):
@@ -143,7 +144,7 @@ class RunDir:
         self.config = self.path / "config.json"
         self.metrics = self.path / "metrics.jsonl"
         self.ckpt = self.path / "ckpt.pt"
-        self.lock_file = None
+        self.lock_file, self.saved = None, time.monotonic()
 
     @rank0
     def acquire(self, about, before=lambda: None):
@@ -218,15 +219,29 @@ class RunDir:
             f.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
 
     @rank0
+    def is_save_due(self):
+        return time.monotonic() - self.saved > SAVE_SECONDS
+
+    @rank0
     def save(self, step, seconds, last_eval, model, optimizer):
         """Writes ckpt.pt, whole or not at all."""
         with access("write", self.metrics), open(self.metrics, "ab") as f:
             os.fsync(f.fileno())
             metrics_bytes = f.tell()
-        state = {"identity": self.identity, "step": step, "seconds": seconds, "last_eval": last_eval,
-                 "metrics_bytes": metrics_bytes, "model": model.state_dict(),
-                 "optimizer": optimizer.state_dict()}
+        state = {"identity": self.identity, "step": step, "seconds": seconds,
+                 "last_eval": last_eval, "metrics_bytes": metrics_bytes,
+                 "model": model.state_dict(), "optimizer": optimizer.state_dict()}
         self.replace(self.ckpt, lambda f: torch.save(state, f))
+        self.saved = time.monotonic()
+
+    @rank0
+    def discard(self, keep, model):
+        """Of a finished run's checkpoint, what is not kept: nothing, or all but the weights."""
+        if keep == "nothing":
+            self.ckpt.unlink(missing_ok=True)
+        elif keep == "weights":
+            state = {"identity": self.identity, "model": model.state_dict()}
+            self.replace(self.ckpt, lambda f: torch.save(state, f))
 
     def load(self, model, optimizer):
         """Restores ckpt.pt, if there is one, and cuts metrics.jsonl back to it. Returns the steps

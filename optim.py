@@ -108,7 +108,7 @@ class ClippedSGD(torch.optim.Optimizer):
             if group[name] is not None and not group[name] > 0:
                 raise ValueError(f"{name} must be above 0 or None, not {group[name]}")
         if group["token_clip"] is not None and any(p.dim() != 2 for p in group["params"]):
-            raise ValueError("token_clip needs 2-D parameters: give the others a group of their own")
+            raise ValueError("token_clip needs 2-D parameters: put the others in another group")
         self.param_groups.append(group)
 
     @torch.no_grad()
@@ -181,9 +181,9 @@ class SCALE(torch.optim.Optimizer):
                 p.sub_(u / rms.clamp(min=1e-8), alpha=group["lr"])
 
 
-def build_optimizer(name, model, lr, momentum=0.9, token_clip=1e-3, row_clip=None, update_clip=5e-4,
-                    schedule_update_clip=False, beta1=0.9, beta2=0.95, weight_decay=0.0,
-                    multipliers={}):
+def build_optimizer(name, model, lr, momentum=0.9, token_clip=1e-3, row_clip=None,
+                    row_clip_on="all", update_clip=5e-4, schedule_update_clip=False, beta1=0.9,
+                    beta2=0.95, weight_decay=0.0, multipliers={}):
     """One of the optimizers compared, for a LLaMA. "sgd" is ClippedSGD without the clips, so that
     the two differ in nothing else.
 
@@ -201,7 +201,9 @@ def build_optimizer(name, model, lr, momentum=0.9, token_clip=1e-3, row_clip=Non
         factor = multipliers.get(kind, 1.0)
         group = {"params": params, "lr": factor * lr, "peak": {"lr": factor * lr}}
         if name == "clipped_sgd":
-            group["token_clip"] = {"lm_head": token_clip, "norm": None}.get(kind, row_clip)
+            clips = {"lm_head": token_clip, "embedding": row_clip,
+                     "matrix": row_clip if row_clip_on == "all" else None}
+            group["token_clip"] = clips.get(kind)
             group["update_clip"] = update_clip and factor * update_clip
             if schedule_update_clip and update_clip:
                 group["peak"]["update_clip"] = group["update_clip"]

@@ -62,6 +62,7 @@ class Settings:
     momentum: float = setting(0.9, "all but adamw: decay of the moving average of gradients")
     token_clip: float | None = setting(1e-3, "clipped_sgd: max. norm of lm_head's rows, or none")
     row_clip: float | None = setting(None, "clipped_sgd: the same of all other matrices, or none")
+    row_clip_on: str = setting("all", "what row_clip acts on: all, or embedding")
     update_clip: float | None = setting(5e-4, "clipped_sgd: max. RMS of a tensor's update, or none")
     schedule_update_clip: bool = setting(False, "clipped_sgd: update_clip follows the schedule")
     beta1: float = setting(0.9, "adamw: decay of the average of gradients")
@@ -79,7 +80,8 @@ class Settings:
     eval_tokens: int = setting(100_000, "targets per evaluation, the same ones each time")
     log_every: int = setting(10, "steps between printed lines; metrics.jsonl has every step")
     diag_every: int = setting(10, "steps between diagnostics (metrics.py)")
-    save_every: int = setting(100, "steps between checkpoints")
+    save_every: int | None = setting(None, "steps between checkpoints; none: five minutes or so")
+    keep: str = setting("all", "of a finished run's checkpoint: all, weights or nothing")
     wandb: str | None = setting(None, "project of Weights & Biases to log to as well, or none")
     # machine
     compile: bool = setting(True, "use torch.compile")
@@ -88,17 +90,19 @@ class Settings:
 
 
 # the settings that only one optimizer has, and the allowed values of settings that are words
-OPTIMIZER_SETTINGS = {"clipped_sgd": ("momentum", "token_clip", "row_clip", "update_clip",
-                                      "schedule_update_clip"),
+OPTIMIZER_SETTINGS = {"clipped_sgd": ("momentum", "token_clip", "row_clip", "row_clip_on",
+                                      "update_clip", "schedule_update_clip"),
                       "sgd": ("momentum",),
                       "adamw": ("beta1", "beta2", "weight_decay"),
                       "scale": ("momentum",)}
 CHOICES = {"model": tuple(SIZES), "optimizer": tuple(OPTIMIZER_SETTINGS),
            "embedding": (None, "detach", "norm", "scale", "large"), "init": (None, "small"),
-           "schedule_update_clip": (True, False), "dtype": ("auto", "float32", "bfloat16"), "device": ("auto", "cpu", "cuda")}
+           "row_clip_on": ("all", "embedding"), "schedule_update_clip": (True, False),
+           "keep": ("all", "weights", "nothing"), "dtype": ("auto", "float32", "bfloat16"),
+           "device": ("auto", "cpu", "cuda")}
 # may change when a run continues; all other settings, and a hash of the data, identify it
-MAY_CHANGE = ("out", "data", "micro_batch", "log_every", "diag_every", "save_every", "wandb",
-              "compile", "device")
+MAY_CHANGE = ("out", "data", "micro_batch", "log_every", "diag_every", "save_every", "keep",
+              "wandb", "compile", "device")
 
 
 class Parser(argparse.ArgumentParser):
@@ -208,6 +212,15 @@ def default_dtype(device):
     return "bfloat16" if native else "float32"
 
 
+def choose_dtype(s, device):
+    """What --dtype says. Raises UserError for bfloat16 on a GPU that only emulates it."""
+    default = default_dtype(device)
+    if device.type == "cuda" and s.dtype == "bfloat16" != default:
+        raise UserError(f"--dtype=bfloat16: {torch.cuda.get_device_name()} does not multiply in "
+                        "it: use --dtype=float32")
+    return default if s.dtype == "auto" else s.dtype
+
+
 def default_micro_batch(sequences, device):
     """All at once; on a CPU, whose caches are small, the largest divisor up to 16 (dev/LOG.md)."""
     if device.type == "cuda":
@@ -262,8 +275,7 @@ def train(s):
     # processes, device, precision
     dist = Dist(s.device)
     device = dist.device
-    if s.dtype == "auto":  # resolved here, as it is part of the run's identity
-        s.dtype = default_dtype(device)
+    s.dtype = dist.rank0_first(choose_dtype, s, device)  # it is part of the run's identity
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bfloat16")
 
     # data, and groups of token classes by frequency (one group if that is not known)
@@ -329,11 +341,15 @@ def train(s):
         result = evaluate(model, val_data, groups, s.eval_tokens, micro_batch, dist, stop_signal)
         return result is not None and metrics.log_eval(step, *result)
 
+    def finish():
+        metrics.finish()
+        run_dir.discard(s.keep, model)
+        return 0
+
     def end(step):
         """Ends the run early, diverged or by a signal after this step. Returns the exit status."""
         if not metrics.flush(step):
-            metrics.finish()
-            return 0
+            return finish()
         run_dir.save(step, metrics.seconds, metrics.last_eval, model, optimizer)
         dist.print0(f"stopped by a signal after step {step}, saved in {s.out}: the same command "
                     "goes on from here")
@@ -376,17 +392,17 @@ def train(s):
         optimizer.zero_grad(set_to_none=True)
 
         # log, save, evaluate, each every so many steps
-        to_eval, to_save = is_eval_due(step), step == s.steps or step % s.save_every == 0
-        if to_eval or to_save or step % s.log_every == 0:
+        to_log, to_eval = step % s.log_every == 0, is_eval_due(step)
+        to_save = step % s.save_every == 0 if s.save_every else to_log and run_dir.is_save_due()
+        if to_log or to_eval or to_save or step == s.steps:
             if not metrics.flush(step):
                 return end(step)
-            if to_save:
+            if to_save or step == s.steps:
                 run_dir.save(step, metrics.seconds, metrics.last_eval, model, optimizer)
             if to_eval and not run_eval(step):
                 return end(step)
             metrics.start_clock()
-    metrics.finish()
-    return 0
+    return finish()
 
 
 def main(argv):

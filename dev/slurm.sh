@@ -6,6 +6,10 @@
 # Five minutes before the time limit the run is told to save; then the job goes back into the queue
 # and starts again from the checkpoint. A job that ends by itself, well or not, or is cancelled, is
 # not queued again.
+#
+# A table is an array of jobs with one GPU each, which share its runs; those that are killed are
+# submitted again:
+#     sbatch --array=1-8 --gpus=1 --cpus-per-task=8 --wrap="make gap SCALE=60m TUNE=1 JOBS=1"
 #SBATCH --ntasks-per-node=1 --requeue --open-mode=append --signal=B:USR1@300
 #SBATCH --output=slurm-%j.log
 

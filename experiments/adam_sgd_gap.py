@@ -34,21 +34,23 @@ from model import SIZES, Config
 SEED = 42  # of searches; final runs have others
 SETTINGS = {field.name for field in fields(train.Settings)}
 
-# Batch and steps of 130m, 350m and 1b are the paper's; 60m and nano are ours.
+# Batch and steps of 130m, 350m and 1b are the paper's; the others are ours.
+SMALL = ("micro", "nano")  # the scales whose searches take a CPU hours
 SCALES = {
+    "micro": {"model": "micro", "batch_size": 32, "steps": 200},
     "nano": {"model": "nano", "batch_size": 32, "steps": 200},
     "60m": {"model": "60m", "batch_size": 2048, "steps": 2500},
     "130m": {"model": "130m", "batch_size": 2048, "steps": 5000},
     "350m": {"model": "350m", "batch_size": 2048, "steps": 15000},
     "1b": {"model": "1b", "batch_size": 4096, "steps": 19125},
 }
-LARGE = {"eval_tokens": 10_000_000, "save_every": 500, "micro_batch": 32}  # all but nano
+LARGE = {"eval_tokens": 10_000_000, "micro_batch": 32}  # at other scales
 NAMES = ("Adam", "SGD with momentum", "clipped SGD", "clipped SGD, all rows")  # of demo and paper
 CURVE = 4  # evaluations along a run whose validation loss is drawn over the steps
 
 # start: where a search begins; at: what differs at a scale (for clipped SGD the paper's values; at
-# nano the best of an earlier search, for every method); axes: what is searched beside lr, in steps
-# of about sqrt(10) for every method.
+# nano and micro the best of an earlier search, for every method); axes: what is searched beside
+# lr, in steps of about sqrt(10) for every method.
 MOMENTA = (0.5, 0.8, 0.9, 0.95, 0.98)
 GRAD_CLIPS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 UPDATE_CLIPS = (1.58e-5, 5e-5, 1.58e-4, 5e-4, 1.58e-3, 5e-3, 1.58e-2)
@@ -97,10 +99,11 @@ MULTIPLIER_START = {"embedding_mult": 4.0, "lm_head_mult": 2.0, "matrix_mult": 0
 
 def method(name, args, **changes):
     """The Run of a method at this scale, with changes to where its search starts."""
-    spec, large = METHODS[name], {} if args.scale == "nano" else LARGE
-    settings = {**SCALES[args.scale], **large, "eval_every": None, "data": args.data, "seed": SEED,
-                **spec["start"], **spec.get("at", {}).get(args.scale, {}), **args.override,
-                **changes}
+    spec, small = METHODS[name], args.scale in SMALL
+    at = spec.get("at", {}).get("nano" if small else args.scale, {})
+    settings = {**SCALES[args.scale], **({} if small else LARGE), "eval_every": None,
+                "data": args.data, "seed": SEED, "keep": "nothing", **spec["start"], **at,
+                **args.override, **changes}
     return Run(name, settings, ("lr", *spec["axes"], *MULTIPLIERS))
 
 
@@ -108,7 +111,8 @@ def search(name, args, only=None, below=math.inf, **changes):
     """The best run of a method and all that were tried, over lr and its axes or `only` some, at
     learning rates below `below`."""
     grids = {"lr": [lr for lr in LR_GRID if lr < below], **METHODS[name]["axes"], **MULTIPLIERS}
-    axes = {axis: grids[axis] for axis in only or ("lr", *METHODS[name]["axes"])}
+    only = only or ("lr", *METHODS[name]["axes"])
+    axes = {axis: grid for axis, grid in grids.items() if axis in only}
     return coordinate_search(lambda **more: method(name, args, **{**changes, **more}), axes, args,
                              METHODS[name].get("against", ()))
 
@@ -174,7 +178,7 @@ def state_bytes(s, vocab_size):
 
 
 def clip_shares(run):
-    """The shares of tensors and of token rows that were clipped, means over a run, as text."""
+    """The shares of tensors and of rows that were clipped, means over a run, as text."""
     return [fmt(run.average(name), ".0%") for name in ("clipped_tensors", "clipped_rows")]
 
 
@@ -223,8 +227,9 @@ def demo(args):
          for run, row in zip(runs, rows)])
     return ExperimentResult(
         "Adam, SGD and clipped SGD side by side", table, rows, runs,
-        f"The first seed of the first {len(NAMES)} of these methods in {page.with_suffix('.md')}, each at "
-        "its best settings.", lambda axes: plot_losses(axes, {run.label: [run] for run in runs}))
+        f"The first seed of four methods of {page.with_suffix('.md')}, with one step size for all "
+        "tensors, each at its best settings.",
+        lambda axes: plot_losses(axes, {run.label: [run] for run in runs}))
 
 
 def gap(args):
@@ -239,6 +244,8 @@ def gap(args):
             found["by kind"][1].append(trial)
         return found
     found = dict(zip(METHODS, concurrently(both, METHODS, args)))
+    if args.dry:
+        return None
     vocab_size = read_meta(args.data)["vocab_size"]
     rows, lines, all_runs = [], [], []
     for block, names in (("common", METHODS), ("by kind", MULTIPLIED)):
@@ -266,7 +273,8 @@ def gap(args):
          "runs of the search"), lines)
 
     def draw(panels):
-        titles = {"common": "one step size for all tensors", "by kind": "step sizes by kind of tensor"}
+        titles = {"common": "one step size for all tensors",
+                  "by kind": "step sizes by kind of tensor"}
         for axes, (block, title) in zip(panels, titles.items()):
             plot_losses(axes, {name: blocks[block][-1] for name, blocks in found.items()
                                if block in blocks})
@@ -278,9 +286,9 @@ def gap(args):
         f"Each method at the best settings that a search found at seed {SEED}, run at other seeds; "
         "where one of these diverged, the search went on below that learning rate. Step sizes by "
         "kind: five of the methods in a second search, over multipliers of the steps of the "
-        "embedding, lm_head and the other matrices, from where the first ended. Mean and 95% interval (Student's t); gaps are "
-        "taken seed by seed, to Adam with the same kind of step sizes; shares clipped are of the "
-        "first seed.", draw, (1, 2))
+        "embedding, lm_head and the other matrices, from where the first ended. Mean and 95% "
+        "interval (Student's t); gaps are taken seed by seed, to Adam with the same kind of step "
+        "sizes; shares clipped are of the first seed.", draw, (1, 2))
 
 
 def lr(args):
@@ -311,13 +319,23 @@ def ablation(args):
     """Is it the clipping or the learning rate?"""
     small, searched = max_stable_lr(lambda **c: method("SGD with momentum", args, **c), args)
     large = method("clipped SGD", args).lr
-    # at lr 1e9 every update is clipped: each tensor's is scaled to one RMS
-    options = {"Adam": {}, "clipped SGD": {"only": ["update_clip"], "lr": 1e9, "token_clip": None}}
-    (best_adam, tried), (normalized, more) = concurrently(
-        lambda name, args: search(name, args, **options[name]), options, args)
-    searched += tried + more
+    # searched, all but Adam over the update clip alone; at lr 1e9 every update is clipped: each
+    # tensor's is scaled to one RMS
+    clips = {"only": ["update_clip"]}
+    options = {"Adam": ("Adam", {}), "per-tensor normalized": (
+        "clipped SGD", {**clips, "lr": 1e9, "token_clip": None})}
+    for rows, changes in (("lm_head", {"row_clip": None}),
+                          ("lm_head and embedding", {"row_clip_on": "embedding"}),
+                          ("all", {})):
+        options[f"{rows} rows"] = "clipped SGD, all rows", {**clips, **changes}
+        options[f"{rows} rows, scheduled"] = "clipped SGD, all rows", {
+            **clips, **changes, "update_clip": 1.58e-3, "schedule_update_clip": True}
+    found = dict(zip(options, concurrently(
+        lambda key, args: search(options[key][0], args, **options[key][1]), options, args)))
+    searched += sum([tried for _, tried in found.values()], [])
+    best_adam = found["Adam"][0]
 
-    cells = {}  # (clip, learning rate): runs
+    cells = {}  # (clip, learning rate or "searched"): runs
     for clip, name, changes in (
             ("no clip", "clipped SGD", {"token_clip": None, "update_clip": None}),
             ("token clip", "clipped SGD", {"update_clip": None}),
@@ -328,8 +346,9 @@ def ablation(args):
             run = method(name, args, lr=value, **changes)
             all_seeds = clip in ("no clip", "both clips")
             cells[clip, value] = rerun_with_new_seeds(run, args) if all_seeds else [run]
-    cells["per-tensor normalized", None] = rerun_with_new_seeds(normalized, args)
-    cells["Adam", None] = adams = rerun_with_new_seeds(best_adam, args)
+    for key, (best, _) in found.items():
+        cells[key, "searched"] = rerun_with_new_seeds(best, args)
+    adams = cells["Adam", "searched"]
     runs = run_all(sum(cells.values(), []), args) + searched
 
     rows, lines = [], []
@@ -342,23 +361,28 @@ def ablation(args):
                       *clip_shares(cell[0])))
     rows += [run.row(best_adam) | {"cell": "search"} for run in searched]
     table = markdown_table(("clip", "settings", "validation loss", "gap to Adam", "seeds",
-                            "tensors clipped", "token rows clipped"), lines)
+                            "tensors clipped", "rows clipped"), lines)
 
-    def draw(axes):
-        clips = list(dict.fromkeys(clip for clip, _ in cells))
-        clip_of = {run: clips.index(clip) for (clip, _), cell in cells.items() for run in cell}
+    def draw(panels):
+        panels[1].sharey(panels[0])
         for value, color, label in (
-                (small, "#d55e00", "maximum stable learning rate of SGD"),
-                (large, "#0072b2", "learning rate of clipped SGD"),
-                (None, "black", "searched")):
-            shown = sum([cell for (_, lr), cell in cells.items() if lr == value], [])
+                (small, "#d55e00", "at SGD's maximum stable lr"),
+                (large, "#0072b2", "at clipped SGD's lr"),
+                ("searched", "black", "searched")):
+            axes = panels[int(value == "searched")]
+            clips = list(dict.fromkeys(clip for clip, lr in cells
+                                       if (lr == "searched") == (value == "searched")))
+            clip_of = {run: clips.index(clip) for (clip, lr), cell in cells.items() if lr == value
+                       for run in cell}
             style = {"color": color, "marker": "o", "linestyle": ""}
-            plot_final(axes, clip_of.get, shown, style, label)
-        axes.set_xticks(range(len(clips)), [clip.replace(" ", "\n") for clip in clips])
+            plot_final(axes, clip_of.get, list(clip_of), style, label)
+            axes.set_xticks(range(len(clips)), [clip.replace(" ", "\n") for clip in clips])
     return ExperimentResult(
         "Which clip, at which learning rate", table, rows, runs,
-        "Clips at the maximum stable learning rate of SGD with momentum and at clipped SGD's; "
-        "per-tensor normalized SGD; Adam. Shares clipped are of the first seed.", draw)
+        "Clips at the maximum stable learning rate of SGD with momentum and at clipped SGD's. "
+        "Searched: Adam; per-tensor normalized SGD; and clipped SGD by whose rows are clipped, "
+        "with the update clip constant or on the schedule. Shares clipped are of the first seed.", draw,
+        (2, 1))
 
 
 BATCH_AXES = ("lr", "update_clip")  # what is searched at each batch size
@@ -535,7 +559,7 @@ def frequency(args):
 
 EXPERIMENTS = {f.__name__: f for f in (demo, gap, lr, ablation, batch, dynamics, thresholds,
                                        frequency)}
-SEEDED = ("gap", "ablation", "frequency", "spikes", "paper")  # --seeds acts in these
+SEEDED = ("gap", "ablation", "frequency", "spikes", "paper", "length")  # --seeds acts in these
 
 
 def overrides(words, parser):
@@ -553,14 +577,17 @@ def overrides(words, parser):
     return found
 
 
-def main(experiments):
-    """The command line: one of {name: function}, its options, and settings of train.py."""
+def main(experiments, data="data/python", **more):
+    """The command line: one of {name: function}, its options, and settings of train.py. data is
+    the default of --data; `more`, {name: (type, default)}, are options of these alone."""
     parser = argparse.ArgumentParser(
         allow_abbrev=False, epilog="Any other --name=value is a setting of train.py for all runs.")
     option, cores = parser.add_argument, min(8, torch.get_num_threads())
     option("name", choices=experiments, nargs="?", default=next(iter(experiments)))
     option("--scale", choices=SCALES, default="nano")
-    option("--data", default="data/python", help="data directory, made by data/prepare.py")
+    option("--data", default=data, help="data directory, made by data/prepare.py")
+    for name, (kind, value) in more.items():
+        option(f"--{name}", type=kind, default=value, help=str(value))
     option("--seeds", type=int, choices=range(1, 11), metavar="N",
            help="of final runs [3; 5 in gap and frequency, 1 in paper]")
     option("--nproc", type=int, default=1, help="processes per run, by torchrun [1]")
@@ -575,7 +602,10 @@ def main(experiments):
         parser.error("--jobs and --nproc start at 1")
     args.override, args.data = overrides(others, parser), args.data.rstrip("/")
     # what is not the default is in the page's name
-    args.suffix = "" if args.data == "data/python" else f"-{Path(args.data).name}"
+    args.suffix = "" if args.data == data else f"-{Path(args.data).name}"
+    for name, (_, value) in more.items():
+        if getattr(args, name) != value:
+            args.suffix += f"-{name}" + ",".join(f"{x:g}" for x in getattr(args, name))
     default = {"paper": 1, "gap": 5, "frequency": 5}.get(args.name, 3)
     args.suffix += "" if args.seeds in (None, default) else f"-seeds{args.seeds}"
     args.seeds = args.seeds or default
@@ -584,11 +614,11 @@ def main(experiments):
     args.pool = ThreadPoolExecutor(args.jobs)
 
     try:
-        if args.scale != "nano" and args.name not in ("demo", "paper") and not (
+        if args.scale not in SMALL and args.name not in ("demo", "paper") and not (
                 args.dry or args.tune):
             raise UserError(f"at {args.scale} this is many runs: `make cost TARGET={args.name} "
                             f"SCALE={args.scale}` says how many and how long, TUNE=1 or --tune "
-                            "begins, `make paper` has three runs")
+                            "begins, `make paper` has four runs")
         for name in METHODS:  # a setting that does not suit them all ends it here
             method(name, args)
         if not args.dry:

@@ -16,13 +16,16 @@ VARIANTS = {
     "Embed Detach": {"init": "small", "embedding": "detach"},
     "Embed LN": {"init": "small", "embedding": "norm"},
     "Scaled Embed": {"init": "small", "embedding": "scale"},
+    # ours: the two things that the multiplier of Scaled Embed does to Adam, one at a time
+    "Large Embed": {"init": "small", "embedding": "large"},
+    "Fast Embed": {"init": "small", "embedding_mult": 11.3},
 }
 LINES = dict(zip(VARIANTS, STYLES.values()))
 METHODS = ("Adam", "SGD with momentum", "clipped SGD")
 
 
 def spikes(args):
-    for name in ("embedding", "init"):
+    for name in ("embedding", "init", "embedding_mult"):
         if name in args.override:
             raise UserError(f"the models differ by --embedding and --init: drop --{name}")
     s = method("Adam", args).settings
@@ -43,9 +46,10 @@ def spikes(args):
     rows, lines = [], []
     for (name, variant), grid in grids.items():
         runs, adams = final[name, variant], final["Adam", variant] or [None] * args.seeds
-        here = [run.row(best["Adam", variant]) | {"variant": variant, "role": "grid"} for run in grid]
-        here += [run.row(adam) | {"variant": variant, "role": "seed"} for run, adam in zip(runs, adams)]
-        rows += [row | {"spikes": run.spikes} for row, run in zip(here, grid + runs)]
+        here = [run.row(best["Adam", variant]) | {"role": "grid"} for run in grid]
+        here += [run.row(adam) | {"role": "seed"} for run, adam in zip(runs, adams)]
+        rows += [row | {"variant": variant, "spikes": run.spikes}
+                 for row, run in zip(here, grid + runs)]
         by_lr = [f"{run.lr:g}: {run.outcome} ({len(run.spikes)})" for run in grid]
         at_seeds = ("-", "-", "-")
         if runs:
@@ -68,10 +72,12 @@ def spikes(args):
         panels[1, 1].set(title="Adam", xscale="log", xlabel="peak learning rate (log scale)",
                          ylabel="spikes of the gradient norm (steps)")
     return ExperimentResult(
-        "Final loss and spikes of five models", table, rows,
+        "Final loss and spikes of seven models", table, rows,
         sum([*grids.values(), *final.values()], []),
         "The initial weights of this repo; the paper's small sub-layers (Vanilla), with a tenth of "
-        "the embedding's gradient (Embed Detach), with a large shortcut (Embed LN, Scaled Embed). "
+        "the embedding's gradient (Embed Detach), with a large shortcut (Embed LN, Scaled Embed); "
+        "ours: with the embedding as large at the start (Large Embed), or its steps as many times "
+        "larger (Fast Embed). "
         "A spike is a gradient norm above 5 x the median of the 100 steps before.", draw, (2, 2))
 
 

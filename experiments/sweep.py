@@ -29,7 +29,7 @@ import torch
 
 import train
 from checkpoint import CODE, Busy
-from loader import UserError, fingerprint, read_meta
+from loader import TokenDataset, UserError, fingerprint, read_meta
 
 TRAIN = Path(train.__file__)
 LR_GRID = tuple(float(f"{10 ** (k / 2):.3g}") for k in range(-12, 11))  # 1e-6 ... 1e5 by sqrt(10)
@@ -45,6 +45,18 @@ def code_hash():
     return hashlib.sha256("".join(trees).encode()).hexdigest()
 
 
+@cache
+def all_settings(*words):
+    """The settings of a run as a dict, defaults included."""
+    return asdict(train.parse([*words, "--out=runs"]))
+
+
+@cache
+def sequences(data):
+    """The number of training sequences of a data directory."""
+    return len(TokenDataset(data, "train"))
+
+
 class Run:
     """One run of train.py, whose errors in the settings end the program; `axes` are the settings
     that a search may change. read() sets `final` (the last line of the metrics, or None), `evals`
@@ -55,7 +67,7 @@ class Run:
         self.label, self.settings, self.axes = label, settings, axes
         self.lr = settings["lr"]
         self.words = [f"--{k}={'none' if v is None else v}" for k, v in settings.items()]
-        every = asdict(train.parse([*self.words, "--out=runs"]))
+        every = all_settings(*self.words)
         key = json.dumps([every, fingerprint(every["data"]), code_hash(), THREADS])
         name = "-".join(str(every[k]) for k in ("model", "optimizer", "lr", "seed"))
         self.out = Path("runs") / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
@@ -98,6 +110,11 @@ class Run:
         return self.final is not None
 
     @property
+    def epochs(self):
+        s = self.settings
+        return s["steps"] * s["batch_size"] / sequences(s["data"])
+
+    @property
     def settings_text(self):
         values = {name: self.settings.get(name) for name in self.axes}
         return ", ".join(f"{name} {value}" if value is True else f"{name} {value:g}"
@@ -122,7 +139,7 @@ class Run:
 
 STARTED, FAILED = {}, {}  # folder -> its Future; folder -> why it failed (it is not started again)
 PROCESSES, STOPPING = [], threading.Event()  # those of runs; set when they are to stop
-NUMBERS = itertools.count(1)
+NUMBERS, WORKERS = itertools.count(1), itertools.count(1)
 ENDED = "run ended with exit status "
 thread = threading.local()
 
@@ -159,6 +176,11 @@ def execute(run, nproc, show):
         words = ["-m", "experiments.sweep"] if nproc == 1 else [*launcher(nproc), *run.words]
         env = {**os.environ, "OMP_NUM_THREADS": str(THREADS),
                "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "270"}  # seconds to save in
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES",
+                              ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+        if nproc == 1:  # a GPU for each thread of the pool
+            thread.number = getattr(thread, "number", None) or next(WORKERS)
+            env["CUDA_VISIBLE_DEVICES"] = gpus[thread.number % len(gpus)]
         process = subprocess.Popen([sys.executable, *words], env=env, text=True,
                                    stdin=subprocess.PIPE if nproc == 1 else None,
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -189,6 +211,8 @@ def start(run, nproc):
 
     seed = run.settings["seed"]
     print(f"{number} {run.label}, {run.settings_text}, seed {seed}", flush=True)
+    if run.epochs > 1:
+        print(f"   {number} READS ITS TEXT {run.epochs:.1f} TIMES", flush=True)
     status = execute(run, nproc, show)
     if status == Busy.status:  # another table runs it
         STOPPING.wait(timeout=5)
@@ -435,10 +459,12 @@ def save_results(name, args, result):
                f"{read_meta(data)['seq_len']} tokens of {data.name}; "
                f"{distinct(c['identity']['dtype'] for c in configs.values())}; {len(runs)} runs, "
                f"seed {distinct(sorted(s['seed'] for s in settings))}.")
+    if (epochs := max(run.epochs for run in runs)) > 1:
+        caption += f" **The longest runs read their text {epochs:.1f} times.**"
     if failed := [run for run in runs if not run.final]:
         caption += (f" **{len(failed)} of {len(runs)} runs failed** "
-                    f"({distinct(run.label for run in failed)}): a search passes over a failed run, "
-                    "so that there may be better settings.")
+                    f"({distinct(run.label for run in failed)}): a search passes over a failed "
+                    "run, so that there may be better settings.")
     stem = Path(f"results/{args.scale}/{name}{args.suffix}")
     write_page(stem, result, caption, source, args.command, {"config": configs[ran[0].out]})
 

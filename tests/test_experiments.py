@@ -12,19 +12,25 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import ROOT, TINY, experiment, metrics, one_line, python, settings
-from experiments import adam_sgd_gap, spikes
+from experiments import adam_sgd_gap, length, spikes
 from experiments.sweep import (
     FAILED, LR_GRID, Run, interval_text, mark_diverged, mean_interval, next_above, next_below,
     plot_seeds, spike_steps, start)
+from model import Config, LLaMA
+from optim import build_optimizer
 
 
 def main(*words):
     """The command line in this process: the experiment's name, its options."""
-    sys.argv = [f"{'spikes' if words[0] == 'spikes' else 'adam_sgd_gap'}.py", *words]
-    if words[0] == "spikes":
+    module = words[0] if words[0] in ("spikes", "length") else "adam_sgd_gap"
+    sys.argv = [f"{module}.py", *words]
+    if module == "spikes":
         adam_sgd_gap.main({"spikes": spikes.spikes})
+    elif module == "length":
+        adam_sgd_gap.main({"length": length.length}, lengths=(length.lengths, length.LENGTHS))
     else:
         adam_sgd_gap.main(adam_sgd_gap.EXPERIMENTS)
 
@@ -34,7 +40,9 @@ def main(*words):
 GAP = {"Adam": {"optimizer": "adamw", "lr": 1e-2, "beta1": 0.8, "beta2": 0.99},
        "SGD with momentum": {"optimizer": "sgd", "lr": 0.5, "momentum": 0.5},
        "clipped SGD": {"optimizer": "clipped_sgd", "lr": 100.0, "token_clip": 1e-2,
-                       "update_clip": 1e-3, "momentum": 0.8}}
+                       "update_clip": 1e-3, "momentum": 0.8},
+       "clipped SGD, all rows": {"optimizer": "clipped_sgd", "lr": 200.0, "row_clip": 1e-2,
+                                 "schedule_update_clip": True}}
 
 
 def leave_a_gap_page(folder):
@@ -48,12 +56,12 @@ def leave_a_gap_page(folder):
 
 @pytest.fixture(scope="module")
 def demo(stream, tmp_path_factory):
-    """The demo's three runs, small, in a folder of their own: (folder, how to repeat, output)."""
+    """The demo's four runs, small, in a folder of their own: (folder, how to repeat, output)."""
     folder = tmp_path_factory.mktemp("demo")
     leave_a_gap_page(folder)
 
     def again(*more):
-        words = ["demo", f"--data={stream}", "--jobs=2", *settings(), *more]
+        words = ["demo", f"--data={stream}", "--jobs=2", *settings(keep="all"), *more]
         return experiment("adam_sgd_gap", *words, cwd=folder)
     first = again()
     assert first.returncode == 0, first.stderr
@@ -65,21 +73,21 @@ def test_demo_shows_what_the_runs_measured(demo):
     files = {path.suffix: path for path in (folder / "results" / "nano").glob("demo*")}
     content = json.loads(files[".json"].read_text())
     rows = content["rows"]
-    assert [row["method"] for row in rows] == ["Adam", "SGD with momentum", "clipped SGD"]
+    assert [row["method"] for row in rows] == list(GAP)
     finals = {}
     for out in (folder / "runs").iterdir():
         config = json.loads((out / "config.json").read_text())
-        finals[config["settings"]["optimizer"]] = metrics(out)[-1]["val_loss"]
+        finals[config["settings"]["lr"]] = metrics(out)[-1]["val_loss"]
     text = files[".md"].read_text()
     for row in rows:
-        assert row["val_loss"] == finals[row["optimizer"]]
+        assert row["val_loss"] == finals[row["lr"]]
         assert row["seed"] == 43 and GAP[row["method"]].items() <= row.items()
         adam = rows[0]["val_loss"]
         assert row["gap"] == pytest.approx((row["val_loss"] - adam) / adam)
         line = rf"\| {row['method']} \| lr {row['lr']:g}, .* \| {row['val_loss']:.3f} \| "
         assert re.search(line + rf"\{row['gap']:+.1%} ", text), text
     assert text.split("\n\n")[1] in first.stdout
-    assert "12 steps of 8 x 32 tokens" in text and "float32; 3 runs, seed 43." in text
+    assert "12 steps of 8 x 32 tokens" in text and "float32; 4 runs, seed 43." in text
     assert "1 thread per run" in text
     assert content["command"].startswith("python -m experiments.adam_sgd_gap demo --data=")
     assert "--steps=12" in content["command"] and content["command"] in text
@@ -93,7 +101,7 @@ def test_a_table_computes_what_the_commands_compute_that_it_prints(demo, tmp_pat
     runs = (folder / "runs").rename(folder / "before")
     commands = again("--dry").stdout.splitlines()
     runs.rename(folder / "runs")
-    assert len(commands) == 3
+    assert len(commands) == 4
     for command in commands:
         words = shlex.split(command)
         done = python(*words[1:-1], f"--out={tmp_path / words[-1]}", cwd=folder)
@@ -107,7 +115,7 @@ def test_finished_runs_are_not_repeated_and_killed_ones_continue(demo):
     before = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*")}
     second = again()
     assert second.returncode == 0 and "[1]" not in second.stdout
-    assert "3 of 3 runs were there, from commit" in second.stdout
+    assert "4 of 4 runs were there, from commit" in second.stdout
     assert before == {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*")}
     # as if one were killed before its last line
     path = next((folder / "runs").glob("*adamw*")) / "metrics.jsonl"
@@ -115,7 +123,7 @@ def test_finished_runs_are_not_repeated_and_killed_ones_continue(demo):
     path.write_text("".join(lines.splitlines(keepends=True)[:-1]))
     third = again()
     assert "[1] Adam" in third.stdout and "[2]" not in third.stdout
-    assert "from step 12" in third.stdout and "2 of 3 runs were there" in third.stdout
+    assert "from step 12" in third.stdout and "3 of 4 runs were there" in third.stdout
     assert path.read_text() == lines
 
 
@@ -130,7 +138,7 @@ def test_a_failed_run_is_shown_and_stops_nothing(demo):
     assert "FAILED: train.py: " in done.stderr
     assert re.search(r"\| Adam .* failed: train.py: runs/.*ckpt.pt is damaged", done.stdout)
     assert re.search(r"\| clipped SGD \| lr 100, .* \| \d\.\d+ \| - \|", done.stdout)  # no gap
-    assert "**1 of 3 runs failed** (Adam)" in done.stdout
+    assert "**1 of 4 runs failed** (Adam)" in done.stdout
 
 
 def test_edited_code_is_run_again_and_an_edited_comment_is_not(stream, tmp_path):
@@ -147,7 +155,7 @@ def test_edited_code_is_run_again_and_an_edited_comment_is_not(stream, tmp_path)
                       cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         started.append(len(re.findall(r"^\[\d+\]", done.stdout, re.MULTILINE)))
-    assert started == [3, 0, 3] and len(list(tmp_path.glob("runs/*"))) == 6
+    assert started == [4, 0, 4] and len(list(tmp_path.glob("runs/*"))) == 8
 
 
 def test_two_tables_at_once_finish_both(stream, tmp_path):
@@ -159,7 +167,7 @@ def test_two_tables_at_once_finish_both(stream, tmp_path):
     outputs = [table.communicate(timeout=120)[0] for table in tables]
     assert [table.returncode for table in tables] == [0, 0], outputs
     pages = [re.findall(r"^\| (.*?) \| lr .*? \| (.*?) \|", out, re.MULTILINE) for out in outputs]
-    assert pages[0] == pages[1] and len(pages[0]) == 3
+    assert pages[0] == pages[1] and len(pages[0]) == 4
     assert any("another process is at work" in out for out in outputs)
 
 
@@ -175,7 +183,20 @@ def test_settings_that_train_refuses_stop_everything(stream, tmp_path):
         assert done.returncode == 2 and not done.stdout and not list(tmp_path.iterdir())
 
 
-def test_told_to_stop_its_runs_save(stream, tmp_path):
+def gpus_of_children(parent):
+    """CUDA_VISIBLE_DEVICES of the processes that this one has started."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if stat.read_text().rpartition(")")[2].split()[1] == str(parent):
+                environ = stat.with_name("environ").read_bytes().split(b"\0")
+                found += [line[21:] for line in environ if line.startswith(b"CUDA_VISIBLE_DEVICES=")]
+        except OSError:  # it has ended
+            pass
+    return sorted(found)
+
+
+def test_told_to_stop_its_runs_save_and_each_had_a_gpu_of_its_own(stream, tmp_path):
     leave_a_gap_page(tmp_path)
     words = ["demo", f"--data={stream}", "--jobs=2", *settings(steps=5000, log_every=1)]
     sizes = {}
@@ -183,12 +204,13 @@ def test_told_to_stop_its_runs_save(stream, tmp_path):
         process = subprocess.Popen(
             [sys.executable, "-m", "experiments.adam_sgd_gap", *words], cwd=tmp_path, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": str(ROOT)})
+            env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "4,6"})
         # until both runs have written more than before
         while (len(paths := list(tmp_path.glob("runs/*/metrics.jsonl"))) < 2
                or any(path.stat().st_size <= sizes.get(path, 0) for path in paths)):
             assert process.poll() is None
             time.sleep(0.1)
+        assert gpus_of_children(process.pid) == [b"4", b"6"]
         process.terminate()
         out, err = process.communicate(timeout=60)
         assert process.returncode == 130 and "Traceback" not in err
@@ -254,8 +276,11 @@ def valley(s, lr):
     if s["optimizer"] == "adamw":
         return abs(lr + 3) / 9 + abs(s["beta1"] - 0.8) + abs(s["beta2"] - 0.99)
     if s["optimizer"] == "sgd":
-        clip = math.log10(s.get("grad_clip", 1))
+        clip = s.get("grad_clip", "none")
+        clip = 0 if clip == "none" else math.log10(clip)
         return 3 * abs(lr + clip - 0.5) + abs(clip) / 3
+    if s["optimizer"] == "scale":
+        return abs(lr + 2.5) / 3
     clips = [-4 if s[name] == "none" else math.log10(s[name])
              for name in ("update_clip", "token_clip")]
     return abs(lr - 3) / 9 + abs(clips[0] + 3.8) / 3 + (clips[1] + 5) / 9 - s["momentum"]
@@ -283,11 +308,13 @@ OUTCOMES = {
     "some fail": lambda s: None if s["optimizer"] != "sgd" and s["lr"] in (3.16e-3, 100) else 5.0,
 }
 BEST = (
-    "Adam | lr 0.001, beta1 0.8, beta2 0.99", "SGD | lr 3.16",
-    "SGD with momentum | lr 3.16, momentum 0.9",
+    "Adam | lr 0.001, beta1 0.8, beta2 0.99, grad_clip 0.3", "SGD | lr 3.16",
+    "SGD with momentum | lr 3.16, momentum 0.8",
     "SGD, global norm clipped | lr 3.16, grad_clip 1, momentum 0.9",
     "clipped SGD | lr 1000, update_clip 0.000158, token_clip 3.16e-06, momentum 0.98 "
-    "(the grid's edge: token_clip, momentum)")
+    "(the grid's edge: token_clip, momentum)",
+    "clipped SGD, all rows | lr 1000, update_clip 0.000158, row_clip 0.0001, momentum 0.98 "
+    "(the grid's edge: momentum)", "SCALE | lr 0.00316, momentum 0.9")
 
 
 def leave_a_run(command, outcome):
@@ -330,12 +357,13 @@ def test_every_page_stands_whatever_the_runs_came_to(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [])
     others = [name for name in adam_sgd_gap.EXPERIMENTS if name != "gap"]
-    for name in ["gap", *(others + ["spikes"] if outcome != "one seed diverges" else [])]:
+    for name in ["gap", *(others + ["spikes", "length"] if outcome != "one seed diverges" else [])]:
         words = [name, f"--data={stream}", "--steps=110"]
         for _ in range(60):
             main(*words, "--dry")
-            commands = set(capsys.readouterr().out.splitlines())
-            for command in commands:
+            commands = {line.rpartition("=")[2]: line  # one run may be there in two ways
+                        for line in capsys.readouterr().out.splitlines()}
+            for command in commands.values():
                 out, finished = leave_a_run(command, outcome)
                 if not finished:
                     monkeypatch.setitem(FAILED, out, "train.py: it failed")
@@ -358,12 +386,18 @@ def test_every_page_stands_whatever_the_runs_came_to(
         text = page.with_suffix(".md").read_text()
         assert rows and not re.search(r"\b(nan|inf|None)\b", text), text
         assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-        if name not in ("gap", "thresholds"):  # whose tables are of the best runs
+        if name not in ("gap", "thresholds", "length"):  # whose tables are of the best runs
             assert ("diverged" in text) == any(row["status"] == "diverged" for row in rows), text
         assert "runs failed**" in text or all(row["status"] != "failed" for row in rows)
         if name == "gap" and outcome == "one seed diverges":
             assert "| SGD with momentum | lr 1, momentum 0.8 |" in text
             assert "diverged at" not in text and any(row["status"] == "diverged" for row in rows)
+        if name == "length" and outcome == "all is well":
+            at = [(row["tokens_per_parameter"], row["method"]) for row in rows if row["role"] == "final"]
+            assert at[:3] == [(0.4, "Adam")] * 3 and at[-1] == (20.0, "SCALE") and len(at) == 5 * 8
+            per_step, count = 32 * 32, 500 * 128 * 2 + 4 * (4 * 128**2 + 3 * 128 * 352) + 9 * 128
+            assert {row["steps"] for row in rows if row["tokens_per_parameter"] == 20} == {
+                round(20 * count / per_step)}
         if name == "gap" and outcome == "all is well":
             for best in BEST:
                 assert f"| {best} |" in text, text
@@ -446,7 +480,23 @@ def test_cost(tmp_path):
     assert f"| hours of gap | {118 * hours:,.1f} |" in out
     for scale, files in (("130m", 29), ("350m", 87)):
         out = experiment("paper", "cost", f"--scale={scale}", cwd=tmp_path).stdout
-        assert f"in rows | {files}," in out and "| runs of paper, stated settings, one seed | 3" in out
+        assert f"in rows | {files}," in out and "| runs of paper, stated settings, one seed | 4" in out
+
+
+@pytest.mark.parametrize("name", adam_sgd_gap.METHODS)
+def test_the_optimizer_state_is_as_large_as_the_tables_say(name):
+    spec, model = adam_sgd_gap.METHODS[name], LLaMA(Config.named("micro", 2000))
+    settings = {"model": "micro", **spec["start"]}
+    options = {k: v for k, v in spec["start"].items() if k not in ("optimizer", "grad_clip")}
+    optimizer = build_optimizer(settings["optimizer"], model, **options)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    tensors = [x for state in optimizer.state.values() for x in state.values()
+               if isinstance(x, torch.Tensor) and x.dim()]
+    size = sum(x.numel() * x.element_size() for x in tensors)
+    expected = adam_sgd_gap.state_bytes(settings, 2000) * model.config.parameters
+    assert size == pytest.approx(expected, rel=0.01)
 
 
 def test_a_search_beyond_nano_has_to_be_asked_for(tmp_path):
@@ -459,11 +509,13 @@ def test_the_papers_runs_need_no_search(stream, tmp_path):
     words = [f"--data={stream}", "--model=micro", "--jobs=2", *settings()]
     done = experiment("paper", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "one run of nano" in done.stdout and len(list(tmp_path.glob("runs/*"))) == 3
+    assert "one run of nano" in done.stdout and len(list(tmp_path.glob("runs/*"))) == 4
     [page] = tmp_path.glob("results/nano/paper-*.md")
-    assert re.search(r"\| Adam \| lr 0.00316, beta1 0.9, beta2 0.95 \| \d", page.read_text())
-    assert re.search(r"\| clipped SGD \| lr 100, .* \| \d\.\d+ \| [+-]", page.read_text())
+    assert re.search(r"\| Adam \| lr 0.00316, beta1 0.8, .* \| \d", page.read_text())
+    assert re.search(r"\| clipped SGD \| lr 1000, .* \| \d\.\d+ \| [+-]", page.read_text())
+    kept = [torch.load(path, weights_only=True) for path in tmp_path.glob("runs/*/ckpt.pt")]
+    assert len(kept) == 4 and all(set(state) == {"identity", "model"} for state in kept)
     dry = experiment("paper", "--scale=1b", "--nproc=8", "--data=data/c4", "--dry", cwd=tmp_path)
-    assert "hours of paper | 40.7" in dry.stderr and len(dry.stdout.splitlines()) == 3
+    assert "hours of paper | 54.2" in dry.stderr and len(dry.stdout.splitlines()) == 4
     paper = "--optimizer=clipped_sgd --lr=300.0 --token_clip=0.001 --update_clip=0.0002"
     assert paper in dry.stdout and "--nproc_per_node=8" in dry.stdout

@@ -7,7 +7,7 @@ import torch
 
 from conftest import ROOT, python
 from model import Config, LLaMA
-from optim import ClippedSGD, build_optimizer
+from optim import SCALE, ClippedSGD, build_optimizer
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 SHAPES = [(40, 8), (8, 8), (8,), (3, 5, 2)]  # the first one is the output layer: 40 token classes
@@ -282,7 +282,44 @@ def test_closure_and_parameters_without_gradient():
     assert torch.equal(b, torch.ones(3))
 
 
-@pytest.mark.parametrize("name", ["clipped_sgd", "sgd", "adamw"])
+def test_scale_equals_its_definition():
+    """In float64, a row, a column and a number at a time."""
+    params = start(FP64)[:3]
+    ws, ms = [p.detach().clone() for p in params], [torch.zeros_like(p) for p in params]
+    v, lr = torch.zeros_like(ws[2]), 0.1
+    optimizer = SCALE([{"params": [params[0]], "momentum": 0.8}, {"params": [params[1]], "normalize": 0},
+                       {"params": [params[2]], "normalize": None}], lr)
+    for step, gs in enumerate(gradients(12), 1):
+        ms[0] = 0.8 * ms[0] + 0.2 * gs[0]
+        for w, m in zip(ws[0], ms[0]):
+            w -= lr * m / max((m * m).mean().sqrt().item(), 1e-8)
+        for w, g in zip(ws[1].T, gs[1].T):
+            w -= lr * g / max((g * g).mean().sqrt().item(), 1e-8)
+        ms[2], v = 0.9 * ms[2] + 0.1 * gs[2], 0.999 * v + 0.001 * gs[2] ** 2
+        ws[2] -= lr * (ms[2] / (1 - 0.9 ** step)) / ((v / (1 - 0.999 ** step)) ** 0.5 + 1e-8)
+        for p, g in zip(params, gs):
+            p.grad = g
+        optimizer.step()
+    for p, w in zip(params, ws):
+        torch.testing.assert_close(p.detach(), w)
+
+
+def test_groups_by_kind_of_tensor():
+    model = LLaMA(Config.named("micro", 50))
+    factors = {"embedding": 4.0, "lm_head": 2.0, "matrix": 0.5, "norm": 3.0}
+    for name in ("clipped_sgd", "sgd", "adamw", "scale"):
+        groups = build_optimizer(name, model, 0.1, multipliers=factors).param_groups
+        assert [g["lr"] for g in groups] == [0.4, 0.2, 0.05, pytest.approx(0.3)] == [g["peak"]["lr"] for g in groups]
+        assert [len(g["params"]) for g in groups] == [1, 1, 28, 9]
+        assert groups[0]["params"][0] is model.model.embed_tokens.weight and groups[1]["params"][0] is model.lm_head.weight
+    groups = build_optimizer("clipped_sgd", model, 0.1, row_clip=1e-4, multipliers=factors).param_groups
+    assert [g["update_clip"] for g in groups] == [2e-3, 1e-3, 2.5e-4, pytest.approx(1.5e-3)]
+    assert [g["token_clip"] for g in groups] == [1e-4, 1e-3, 1e-4, None] and "update_clip" not in groups[0]["peak"]
+    groups = build_optimizer("clipped_sgd", model, 0.1, row_clip=1e-4, row_clip_on="embedding", schedule_update_clip=True).param_groups
+    assert [g["token_clip"] for g in groups] == [1e-4, 1e-3, None, None] and groups[0]["peak"]["update_clip"] == 5e-4
+
+
+@pytest.mark.parametrize("name", ["clipped_sgd", "sgd", "adamw", "scale"])
 def test_build_optimizer_has_each_parameter_once_and_clips_the_output_layer_alone(name):
     model = LLaMA(Config.named("nano", 50))
     optimizer = build_optimizer(name, model, 1.0)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint
 import train
 from checkpoint import Dist, RunDir
 from conftest import ROOT, TINY, launch, metrics, one_line, python, result, run, same_end, settings, wait_for
@@ -78,6 +79,39 @@ def test_metrics_config_and_schedule(whole, stream):
     assert all(0 <= x["clipped_tensors"] <= 1 and 0 <= x["clipped_rows"] <= 1 and x["grad_norm"] > 0 for x in steps)
     config = json.loads((whole / "config.json").read_text())
     assert config["settings"]["lr"] == 100 and config["versions"]["torch"] == torch.__version__ and config["world_size"] == 1
+
+
+@pytest.mark.parametrize("scheduled", [True, False])
+def test_multipliers_scale_the_updates_and_the_update_clip_may_follow_the_schedule(scheduled, stream, tmp_path):
+    """At a learning rate so large that every tensor is clipped, the RMS of its update is its update clip."""
+    here(data=stream, model="micro", out=tmp_path, lr=1e9, row_clip=1e-5, update_clip=1e-4, diag_every=1, warmup=0.5,
+         embedding_mult=4, lm_head_mult=2, matrix_mult=0.5, norm_mult=3, schedule_update_clip=scheduled)
+    config = Config.named("micro", 500)
+    table, norms = 500 * 64, 9 * 64
+    squares = (16 + 4) * table + 0.25 * (config.parameters - 2 * table - norms) + 9 * norms
+    for line in (line for line in metrics(tmp_path) if "train_loss" in line):
+        factor = line["lr"] / 1e9 if scheduled else 1
+        assert line["effective_lr"] * line["grad_norm"] == pytest.approx(factor * 1e-4 * squares ** 0.5, rel=1e-3)
+        assert line["clipped_tensors"] == 1
+
+
+@pytest.mark.parametrize("keep", ["weights", "nothing"])
+def test_of_a_finished_run_the_weights_stay_or_nothing(keep, whole, stream, tmp_path):
+    here(data=stream, out=tmp_path, keep=keep, save_every="none")
+    assert metrics(tmp_path) == metrics(whole)
+    if keep == "nothing":
+        assert not (tmp_path / "ckpt.pt").exists()
+    else:
+        small, full = (torch.load(out / "ckpt.pt", weights_only=True) for out in (tmp_path, whole))
+        assert set(small) == {"identity", "model"} and all(torch.equal(w, full["model"][name]) for name, w in small["model"].items())
+
+
+def test_without_save_every_a_run_saves_by_the_clock(stream, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SAVE_SECONDS", 0.0)
+    saved = []
+    monkeypatch.setattr(checkpoint.RunDir, "save", lambda self, step, *args: saved.append(step))
+    here(data=stream, out=tmp_path, save_every="none")
+    assert saved == [3, 6, 9, 12]  # at the logged steps
 
 
 def test_the_loss_in_the_log_is_the_mean_over_the_whole_batch(stream, tmp_path):
@@ -161,6 +195,7 @@ def test_ranks_that_disagree_do_not_train(stream, rows, tmp_path):
     wrapper.write_text(f"""import os, sys
 own, other = sys.argv[1].split(","), os.environ["RANK"] == "1"
 sys.path.insert(0, "{tmp_path}" if other else "{ROOT}")
+import checkpoint
 import train
 sys.exit(train.main(sys.argv[2:] + own * other))
 """)

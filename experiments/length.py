@@ -1,0 +1,104 @@
+"""The gap to Adam against the length of training, in tokens per parameter (ours).
+
+    python -m experiments.length --scale=micro                  # options as in adam_sgd_gap.py
+    python -m experiments.length --scale=nano --lengths=0.4,2
+
+Every length is a run of its own, with its own schedule. A method is searched over all its settings
+at the shortest length; at the next, from the best settings of the one before; above FULL tokens per
+parameter over its step size alone.
+"""
+import argparse
+from statistics import fmean
+
+from experiments.adam_sgd_gap import METHODS, MULTIPLIED, main, method, resized, search
+from experiments.paper import data_shape
+from experiments.sweep import (
+    STYLES, ExperimentResult, concurrently, finished, gap_to, interval_text, mark_diverged,
+    markdown_table, outcomes, rerun_with_new_seeds, run_all)
+from model import Config
+
+LENGTHS = 0.4, 2.0, 7.0, 20.0  # tokens per parameter; the paper's are 15 to 21
+FULL = 2.0  # up to here all settings are searched, and the best run at other seeds
+
+
+def step_size(name):
+    """The setting that sets the size of a method's steps."""
+    return "update_clip" if "update_clip" in METHODS[name]["axes"] else "lr"
+
+
+def length(args):
+    s, (vocab_size, seq_len) = method("Adam", args).settings, data_shape(args.data)
+    per_step = s["batch_size"] * seq_len
+    parameters = Config.named(s["model"], vocab_size).parameters
+    shapes = {n: resized(s, args, s["batch_size"], round(n * parameters / per_step))
+              for n in args.lengths}
+
+    def along(name, args):
+        found, start = {}, {}
+        for n, shape in shapes.items():
+            only = None if n <= FULL else (step_size(name),)
+            best, tried = search(name, args, only, **{**start, **shape})
+            start = {axis: best.settings[axis] for axis in ("lr", *METHODS[name]["axes"])}
+            runs = rerun_with_new_seeds(best, args, first=1) if n <= FULL else [best]
+            found[n] = best, tried, run_all(runs, args)
+        return found
+    found = dict(zip(MULTIPLIED, concurrently(along, MULTIPLIED, args)))
+    if args.dry:
+        return None
+
+    rows, lines, all_runs = [], [], []
+    for n in shapes:
+        adam, _, adams = found["Adam"][n]
+        for name in MULTIPLIED:
+            best, tried, runs = found[name][n]
+            all_runs += tried + runs
+            rows += [run.row(other) | {"tokens_per_parameter": n, "role": "final"}
+                     for run, other in zip(runs, adams)]
+            rows += [run.row(adam) | {"tokens_per_parameter": n, "role": "search"} for run in tried]
+            lines.append((f"{n:g}", str(best.settings["steps"]), name, best.settings_text,
+                          outcomes(runs), interval_text(map(gap_to, adams, runs), "+.1%"),
+                          interval_text([run.loss - other.loss for run, other in zip(runs, adams)],
+                                        "+.3f"), str(len(runs)), str(len(tried))))
+    table = markdown_table(
+        ("tokens per parameter", "steps", "method", "best settings", "validation loss",
+         "gap to Adam", "gap, nats", "seeds", "runs of the search"), lines)
+
+    def draw(panels):
+        for name in MULTIPLIED:
+            losses = {n: [run.loss for run in finished(found[name][n][-1])] for n in shapes}
+            gaps = {n: [100 * gap_to(adam, run) for adam, run
+                        in zip(found["Adam"][n][-1], found[name][n][-1])
+                        if gap_to(adam, run) is not None] for n in shapes}
+            for axes, series in zip(panels, (losses, gaps)):
+                points = {n: values for n, values in series.items() if values}
+                axes.plot(list(points), [fmean(values) for values in points.values()],
+                          label=name, **STYLES[name])
+                axes.vlines(list(points), [min(values) for values in points.values()],
+                            [max(values) for values in points.values()],
+                            color=STYLES[name]["color"])
+            mark_diverged(panels[0], [n for n in shapes if not losses[n]], STYLES[name])
+        panels[0].set_ylabel("final loss (nats per token)")
+        panels[1].set_ylabel("gap to Adam (% of its loss)")
+        for axes in panels:
+            axes.set(xscale="log", xlabel="tokens per parameter (log scale)")
+            axes.set_xticks(list(shapes), [f"{n:g}" for n in shapes])
+            axes.minorticks_off()
+    return ExperimentResult(
+        "The gap to Adam against the length of training", table, rows, all_runs,
+        f"Up to {FULL:g} tokens per parameter every setting is searched, from the best of the "
+        "length before, and the best run at other seeds; above, the step size alone (of clipped "
+        "SGD the update clip, of others lr), at the search's seed. Mean and 95% interval "
+        "(Student's t) in the table, mean and range in the picture. "
+        f"{parameters:,} parameters.", draw, (1, 2))
+
+
+def lengths(text):
+    """The numbers that text such as 0.4,2 lists, in order."""
+    numbers = sorted({float(part) for part in text.split(",")})
+    if not all(0 < n < 1e6 for n in numbers):
+        raise argparse.ArgumentTypeError("give tokens per parameter, such as 0.4,2")
+    return numbers
+
+
+if __name__ == "__main__":
+    main({"length": length}, data="data/packages", lengths=(lengths, list(LENGTHS)))
