@@ -1,6 +1,7 @@
 """Text to token shards: train_000000.bin, ..., val_000000.bin, ..., tokenizer.model, meta.json.
 
     python data/prepare.py python --out=data/python   # Python's standard library, no network
+    python data/prepare.py packages --out=data/packages  # that of what requirements.txt pins
     python data/prepare.py files a.json.gz b.txt --out=data/mine --tokenizer=train:4096
     python data/prepare.py c4 --out=data/c4 --train_shards=0-28    # as in Glentis et al. 2026
     python data/prepare.py mnist --out=data/mnist     # no text: MNIST's four files
@@ -9,19 +10,23 @@ A .bin is in llm.c's format: 256 int32 of header (magic, version, number of toke
 tokens. meta.json says "complete": true last of all; until then, the same command again keeps the
 finished shards and goes on, but waits while the first is at work. Downloads are huggingface_hub's,
 with its cache, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE; a file in OUT/downloads is used instead.
+A file of C4 is a shard, and not needed once that is there. More --train_shards than before extend
+the directory; no run can start on it until that is complete.
 """
 import argparse
 import fcntl
 import gzip
 import hashlib
+import importlib.metadata
 import io
 import json
 import os
+import re
 import sys
 import zlib
 from collections import Counter
 from http.client import HTTPException
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -32,6 +37,7 @@ import tiktoken
 
 T5_SHA256 = "d60acb128cf7b7f2536e8f38a5b18a05535c9e14c7a355904270e15b0945ea86"
 LONG = 100_000  # characters; a longer document of a file is several
+REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 
 
@@ -88,18 +94,36 @@ def read_documents(path):
         fail(f'{path} line {number}: not JSON with a string "text" ({e}): correct the file')
 
 
-def python_files(limit):
-    """Yield the files of Python's standard library, up to `limit` characters, without its tests and
-    what differs between builds. In the order of the paths' hashes: a sample of all of it."""
+def library_files():
+    """{name: path} of Python's standard library, without its tests and what differs between
+    builds."""
     root = Path(os.__file__).parent
     skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3"}
-    names = [path.relative_to(root).as_posix() for path in root.rglob("*.py")
-             if path.is_file() and not path.is_symlink()
-             and not skip & set(path.relative_to(root).parts)
-             and not path.name.startswith("_sysconfig")
-             and not path.parent.name.startswith("config-")]
-    for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        text = (root / name).read_text(encoding="utf-8", errors="replace")
+    paths = {path.relative_to(root): path for path in root.rglob("*.py")}
+    return {name.as_posix(): path for name, path in paths.items()
+            if path.is_file() and not path.is_symlink() and not skip & set(name.parts)
+            and not path.name.startswith("_sysconfig")
+            and not path.parent.name.startswith("config-")}
+
+
+def packages():
+    """The names of the packages that requirements.txt pins, in order."""
+    return re.findall(r"^([\w-]+)==", REQUIREMENTS.read_text(), re.MULTILINE)
+
+
+def package_files():
+    """{name: path} of these packages, without what a build writes: torch for CUDA has the same."""
+    skip = {"version.py", "_version.py", "__config__.py"}
+    return {str(file): file.locate() for package in packages()
+            for file in importlib.metadata.files(package) or ()
+            if file.suffix == ".py" and file.name not in skip and file.locate().is_file()}
+
+
+def source_code(files, limit):
+    """Yield the text of {name: path}, up to `limit` characters, in the order of the names' hashes:
+    a sample of all of it."""
+    for name in sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        text = files[name].read_text(encoding="utf-8", errors="replace")
         limit -= len(text)
         if limit < 0:
             return
@@ -112,16 +136,19 @@ def cut(text):
     return [text[len(text) * i // n:len(text) * (i + 1) // n] for i in range(n)]
 
 
-def documents(args, split):
-    """Yield the documents of a split that are not blank, always in the same order."""
+def documents(args, split, files=None):
+    """Yield the documents of a split, or of files of it, that are not blank, in the same order."""
     if args.source == "c4":
         name = "train.{:05d}-of-01024" if split == "train" else "validation.{:05d}-of-00008"
-        for i in args.train_shards if split == "train" else args.val_shards:
+        for i in files or getattr(args, f"{split}_shards"):
             path = hub_file(args, "dataset", "allenai/c4", f"en/c4-{name.format(i)}.json.gz")
             yield from filter(str.strip, read_documents(path))
         return
-    texts = (python_files(args.max_chars) if args.source == "python" else
-             chain.from_iterable(cut(t) for path in args.paths for t in read_documents(path)))
+    if args.source == "files":
+        texts = chain.from_iterable(cut(t) for path in args.paths for t in read_documents(path))
+    else:
+        files = library_files() if args.source == "python" else package_files()
+        texts = source_code(files, args.max_chars)
     for text in filter(str.strip, texts):
         # Split by the text's own hash, so that equal documents are on the same side.
         h = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
@@ -236,13 +263,14 @@ def in_shards(texts, args):
 
 
 def write_shard(path, texts, t, args):
-    """Tokenize texts with tokenizer t and write them as a .bin."""
-    print(f"{path.name}: {len(texts):,} documents", flush=True)
-    if t.name == "tokenizer.model" and any("\u2581" in text for text in texts):
-        print(f"{path.name}: U+2581 in the text becomes a space, for which SentencePiece uses it")
-    data = bytearray(1024)
-    for i in range(0, len(texts), 2048):
-        encoded = t.encode(texts[i:i + 2048])
+    """Tokenize texts with tokenizer t and write them as a .bin, unless that is there."""
+    if path.exists():
+        return
+    texts, data, count, odd = iter(texts), bytearray(1024), 0, False
+    while some := list(islice(texts, 2048)):
+        count += len(some)
+        odd |= t.name == "tokenizer.model" and any("\u2581" in text for text in some)
+        encoded = t.encode(some)
         if args.layout == "rows":  # a row per document, cut or padded, eos included
             tokens = np.full((len(encoded), args.seq_len), t.pad_id, dtype="<u2")
             for row, ids in zip(tokens, encoded):
@@ -252,8 +280,13 @@ def write_shard(path, texts, t, args):
             flat = chain.from_iterable((*ids, t.eos_id) for ids in encoded)
             tokens = np.fromiter(flat, dtype="<u2")
         data += tokens.tobytes()
+    if not count:
+        fail(f"no documents for {path}: replace the file that it is made of")
     data[:12] = np.array([20240520, 1, len(data) // 2 - 512], dtype="<i4").tobytes()
     write(path, data)
+    print(f"{path.name}: {count:,} documents", flush=True)
+    if odd:
+        print(f"{path.name}: U+2581 in the text becomes a space, for which SentencePiece uses it")
 
 
 def prepare(args):
@@ -262,6 +295,9 @@ def prepare(args):
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "downloads", "paths")}
     if args.source == "python":
         settings["python"] = sys.version.split()[0]
+    if args.source == "packages":  # without what names a build, as in 2.13.0+cpu
+        versions = {name: importlib.metadata.version(name) for name in packages()}
+        settings["packages"] = {name: text.split("+")[0] for name, text in versions.items()}
     if args.source == "files":
         digests = [hashlib.file_digest(open(path, "rb"), "sha256") for path in args.paths]
         settings["files"] = [[p.name, d.hexdigest()] for p, d in zip(args.paths, digests)]
@@ -271,24 +307,28 @@ def prepare(args):
     meta_path, model_path = args.out / "meta.json", args.out / "tokenizer.model"
     try:
         old = dict(json.loads(meta_path.read_text()))
-        python = old["settings"].get("python")
+        python, files = old["settings"].get("python"), old["settings"].get("train_shards")
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        old, python = {}, None  # none, or not ours
+        old, python, files = {}, None, None  # none, or not ours
     same = old.get("settings") == settings
+    ours = same or (files and old["settings"] == {**settings, "train_shards": files}
+                    and set(files) < set(args.train_shards))
     if old.get("complete") and (same or old["settings"] == {**settings, "python": python}):
         print(f"{args.out} is ready" + (": nothing to do" if same else "; its text is the library "
               f"of Python {python}, this is {settings['python']}"))
         return
-    if not same and (any(args.out.glob("*.bin")) or (model_path.exists() and not old)):
+    begun = any(args.out.glob("*.bin"))
+    if not ours and (begun or (model_path.exists() and not old)):
         fail(f"{args.out} holds data of other settings or files: choose another --out")
 
     args.val_text = None
-    if not any(documents(args, "val")):  # there are few: the longest is for validation
-        args.val_text = max(documents(args, "train"), key=len, default=None)
-    if not any(documents(args, "train")):
-        fail("no documents for training: give it more text, or another --val_fraction")
+    if not (begun and args.source == "c4"):  # whose first files may be gone
+        if not any(documents(args, "val")):  # there are few: the longest is for validation
+            args.val_text = max(documents(args, "train"), key=len, default=None)
+        if not any(documents(args, "train")):
+            fail("no documents for training: give it more text, or another --val_fraction")
     try:
-        model = model_path.read_bytes() if same and model_path.exists() else tokenizer_model(args)
+        model = model_path.read_bytes() if ours and model_path.exists() else tokenizer_model(args)
         t = Tokenizer(args.tokenizer, model)
     except (OSError, ValueError, RuntimeError) as e:
         fail(f"--tokenizer={args.tokenizer}: {' '.join(str(e).split())}: give t5, gpt2 (from a "
@@ -301,6 +341,13 @@ def prepare(args):
     if model is not None:
         write(model_path, model)
 
+    for split in ("val", "train"):
+        shards = enumerate(in_shards(documents(args, split), args))
+        if args.source == "c4":  # a file each, read only if its shard is not there
+            numbers = getattr(args, f"{split}_shards")
+            shards = ((number, documents(args, split, [number])) for number in numbers)
+        for number, texts in shards:
+            write_shard(args.out / f"{split}_{number:06d}.bin", texts, t, args)
     meta = {"complete": True, "vocab_size": t.vocab_size, "layout": args.layout,
             "seq_len": args.seq_len, "pad_id": t.pad_id, "eos_id": t.eos_id,
             "tokenizer": t.name, "tokenizer_sha256": t.sha256,
@@ -308,16 +355,14 @@ def prepare(args):
             "tokens": {"train": 0, "val": 0}, "padding_share": 0.0, "settings": settings}
     for split in ("val", "train"):
         counts = np.zeros(t.vocab_size, dtype=np.int64)  # how often each token occurs
-        for number, texts in enumerate(in_shards(documents(args, split), args)):
-            path = args.out / f"{split}_{number:06d}.bin"
-            if not path.exists():
-                write_shard(path, texts, t, args)
+        for path in args.out.glob(f"{split}_*.bin"):
             tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024)
             for i in range(0, len(tokens), 1 << 22):  # in pieces, which bincount copies to int64
                 counts += np.bincount(tokens[i:i + (1 << 22)], minlength=t.vocab_size)
             meta["shards"][split] += 1
-            meta["documents"][split] += len(texts)
             meta["tokens"][split] += len(tokens)
+        meta["documents"][split] = (meta["tokens"][split] // args.seq_len if args.layout == "rows"
+                                    else int(counts[t.eos_id]))
     # The last counts are those of the training set. Padding does not count.
     padding = int(counts[t.pad_id]) if args.layout == "rows" else 0
     meta["padding_share"] = padding / meta["tokens"]["train"]
@@ -342,13 +387,13 @@ def shard_list(text):
         numbers += range(int(first), int(last or first) + 1)
     if not numbers or max(numbers) > 1023 or len(set(numbers)) < len(numbers):
         raise ValueError
-    return numbers
+    return sorted(numbers)
 
 
 def main():
     top = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sources = top.add_subparsers(dest="source", required=True)
-    for source in ("python", "files", "c4", "mnist"):
+    for source in ("python", "packages", "files", "c4", "mnist"):
         p = sources.add_parser(source, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         add = p.add_argument
         add("--out", type=Path, required=True, help="the directory to make")
@@ -358,18 +403,19 @@ def main():
         add("--tokenizer", default="train:4096", help="t5, gpt2, train:N or a .model file")
         add("--layout", choices=["rows", "stream"], default="stream", help="of the documents")
         add("--seq_len", type=int, default=128, help="tokens per sequence")
-        add("--shard_chars", type=int, default=400_000_000, help="characters per .bin")
         add("--downloads", type=Path, help="of files put by hand, if not OUT/downloads")
         if source == "c4":
             add("--train_shards", type=shard_list, default="0-28", help="of 0-1023, like 0-9,12")
             add("--val_shards", type=shard_list, default="0", help="of 0-7")
             p.set_defaults(tokenizer="t5", layout="rows", seq_len=256)
         else:
+            add("--shard_chars", type=int, default=400_000_000, help="characters per .bin")
             add("--val_fraction", type=float, default=0.05, help="of the documents")
         if source == "files":
             add("paths", type=Path, nargs="+", metavar="FILE", help=".json, .jsonl, .txt; or .gz")
-        if source == "python":
-            add("--max_chars", type=int, default=10_000_000, help="characters at most")
+        if source in ("python", "packages"):
+            limit = 10_000_000 if source == "python" else 100_000_000
+            add("--max_chars", type=int, default=limit, help="characters at most")
     args = top.parse_args()
     limits = {"seq_len": (2, 65536), "shard_chars": (1, 400_000_000), "val_fraction": (0, 1),
               "max_chars": (1, 10**12)}
@@ -383,6 +429,8 @@ def main():
         prepare(args)
     except KeyboardInterrupt:
         fail("stopped; the same command goes on where it was")
+    except importlib.metadata.PackageNotFoundError as e:
+        fail(f"the package {e.name} is not installed: pip install -r requirements.txt")
     except OSError as e:  # a missing file, a full disk, a folder that cannot be written
         fail(f"{e.filename or args.out}: {e.strerror or e}; the same command goes on where it was")
 

@@ -6,20 +6,23 @@ import importlib.util
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
 import tiktoken
 import tiktoken_ext.openai_public
+import torch
 
 from conftest import ROOT, documents, one_line, prepare, write_jsonl
-from loader import open_shard
+from loader import TokenDataset, UserError, open_shard
 
 END = "<|endoftext|>"
 
@@ -425,6 +428,21 @@ def test_bad_settings_are_one_line(tmp_path, text, word, expected):
     assert not digest(tmp_path / "out")
 
 
+def test_packages_are_those_that_requirements_txt_pins(tmp_path):
+    done = prepare("packages", f"--out={tmp_path}", "--max_chars=300000", "--tokenizer=train:500")
+    assert done.returncode == 0, done.stderr
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    pinned = dict(re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / "requirements.txt").read_text(), re.M))
+    assert meta["settings"]["packages"] == pinned
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    ids = tokens(tmp_path, "train")
+    text = sp.decode(ids[:min(400, ids.index(1))])
+    site = Path(torch.__file__).parents[1]
+    roots = [site / name for name in ("torch", "numpy", "matplotlib", "huggingface_hub", "_pytest")]
+    files = (path for root in roots for path in root.rglob("*.py"))
+    assert any(text in path.read_text(errors="replace") for path in files)
+
+
 def test_max_chars_is_checked(tmp_path):
     one_line(prepare("python", f"--out={tmp_path}", "--max_chars=0"), "--max_chars")
 
@@ -527,6 +545,85 @@ def test_c4_from_download_to_shards_and_then_from_the_cache(server, tmp_path, st
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
 
 
+def c4_files(folder, numbers):
+    """Files of C4 put by hand: the first for validation and these for training."""
+    folder.mkdir(exist_ok=True)
+    write_jsonl(folder / "c4-validation.00000-of-00008.json.gz", documents(10, seed=-1))
+    return [write_jsonl(folder / f"c4-train.{i:05d}-of-01024.json.gz", documents(5 + i, seed=i))
+            for i in numbers]
+
+
+def start_stuck(path, out, count, *words):
+    """Start prepare.py with a pipe that nobody writes to in place of a file, and wait until those
+    before it are shards, so many."""
+    path.unlink()
+    os.mkfifo(path)
+    process = start(*words)
+    while len(list(out.glob("*.bin"))) < count:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    return process
+
+
+def test_c4_goes_on_and_extends_without_the_finished_files(tmp_path, stream):
+    downloads, out = tmp_path / "downloads", tmp_path / "out"
+    words = ["c4", "--seq_len=32", f"--tokenizer={stream / 'tokenizer.model'}",
+             f"--downloads={downloads}"]
+    files = c4_files(downloads, range(60))
+    done = prepare(*words, f"--out={tmp_path / 'whole'}", "--train_shards=0-59")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    words.append(f"--out={out}")
+
+    def state():
+        return {path.name: (path.stat().st_mtime_ns, path.stat().st_ino)
+                for path in out.glob("*.bin")}
+
+    process = start_stuck(files[20], out, 21, *words, "--train_shards=0-38")
+    with pytest.raises(UserError, match="cut short"):
+        TokenDataset(out, "train")
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1 and stderr == (
+        "prepare.py: stopped; the same command goes on where it was\n")
+    first = state()
+    assert len(first) == 21 and "train_000020.bin" not in first
+    one_line(prepare(*words, "--train_shards=0-37"), "other settings or files", "--out")
+    for path in [*files[:20], downloads / "c4-validation.00000-of-00008.json.gz"]:
+        path.write_bytes(b"not needed")
+    files[20].unlink()
+    write_jsonl(files[20], documents(25, seed=20))
+    # on, and then more files
+    for shards, count in (("0-38", 40), ("0-59", 61)):
+        done = prepare(*words, f"--train_shards={shards}")
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+        assert len(state()) == count and state().items() >= first.items()
+        assert len(TokenDataset(out, "train")) == sum(5 + i for i in range(count - 1))
+    assert digest(out) == digest(tmp_path / "whole")
+    assert "nothing to do" in prepare(*words, "--train_shards=0-59").stdout
+    for other in (["--train_shards=1-60"], ["--train_shards=0-60", "--val_shards=0-1"],
+                  ["--train_shards=0-60", "--seq_len=33"], ["--train_shards=0-58"]):
+        one_line(prepare(*words, *other), "other settings or files", "choose another --out")
+    assert digest(out) == digest(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda path: path.write_bytes(path.read_bytes()[:-9]), ["damaged gzip", "replace"]),
+    (lambda path: path.write_bytes(gzip.compress(b"\n")), ["no documents", "train_000009.bin"]),
+    (lambda path: path.unlink(), ["cannot download", "HF_ENDPOINT", "put the file at"])])
+def test_a_file_of_c4_that_fails_is_one_line_and_the_shards_before_it_are_kept(
+        server, tmp_path, stream, damage, words):
+    out = tmp_path / "out"
+    out.mkdir()
+    files = c4_files(out / "downloads", range(10))
+    damage(files[9])
+    done = c4(stream, hub(tmp_path, server.url), out, "--train_shards=0-9")
+    one_line(done, *words, *([files[9]] if "no documents" not in words else []))
+    assert len(list(out.glob("train_*.bin"))) == 9 and not (out / "train_000009.bin").exists()
+    assert not json.loads((out / "meta.json").read_text())["complete"]
+    c4_files(out / "downloads", [9])
+    assert c4(stream, hub(tmp_path, NOWHERE), out, "--train_shards=0-9").returncode == 0
+
+
 def test_a_faulty_download_is_taken_up_again(server, tmp_path, stream):
     server.faults = {f"HEAD {FIRST}": [503, 503], f"GET {FIRST}": ["breaks off"]}
     done = c4(stream, hub(tmp_path, server.url), tmp_path / "out")
@@ -593,10 +690,9 @@ def test_c4_has_the_papers_settings(server, tmp_path, stream, module, monkeypatc
     meta = json.loads((tmp_path / "meta.json").read_text())
     assert (meta["layout"], meta["seq_len"], meta["tokenizer_sha256"]) == ("rows", 256, sha256)
     assert meta["settings"] == {"source": "c4", "tokenizer": "t5", "layout": "rows", "seq_len": 256,
-                                "shard_chars": 400_000_000, "train_shards": [1, 0],
-                                "val_shards": [0]}
+                                "train_shards": [0, 1], "val_shards": [0]}
     sp = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    first = sp.encode(documents(200, 1)[0]) + [1]
+    first = sp.encode(documents(200, 0)[0]) + [1]
     assert tokens(tmp_path, "train")[:len(first)] == first
 
 
