@@ -19,7 +19,8 @@ import torch.distributed
 
 from loader import UserError, access
 
-CODE = ("train.py", "model.py", "optim.py", "loader.py", "checkpoint.py", "metrics.py")
+CODE = ("train.py", "model.py", "optim.py", "baselines.py", "loader.py", "checkpoint.py",
+        "metrics.py")
 SAVE_SECONDS = 300
 
 

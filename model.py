@@ -37,7 +37,7 @@ class Config:
     layers: int
     heads: int
     vocab_size: int
-    embedding: str | None = None  # variant: "detach", "norm", "scale" (of its output) or "large"
+    embedding: str | None = None  # "detach", "norm", "scale" change its output; "large" its start
     init: str | None = None       # "small" (Takase et al. 2023), or None for N(0, 0.02)
 
     @classmethod

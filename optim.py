@@ -1,5 +1,5 @@
 """SGD with two clips, which let it use a learning rate of 100 ("SGD-LL", Glentis et al. 2026,
-arXiv 2605.17787), and the baselines that it is compared with.
+arXiv 2605.17787).
 
     >>> head = model.lm_head.weight
     >>> body = [p for p in model.parameters() if p is not head]
@@ -39,8 +39,9 @@ def _single_tensor(params, grads, momenta, lr, momentum, token_clip, update_clip
 
 
 def _multi_tensor(params, grads, momenta, lr, momentum, token_clip, update_clip):
-    """The same with torch._foreach_*: one call for all tensors, and no copy of the momentum. Both
-    clips only shrink, so the update is momentum times one factor per tensor, or one per row."""
+    """The same with torch._foreach_*: one call for all tensors of a group, and no copy of the
+    momentum. Both clips only shrink, so the update is momentum times one factor per tensor, or one
+    per row."""
     step_sizes, row_factors = [], []
     if momentum:
         torch._foreach_lerp_(momenta, grads, 1 - momentum)
@@ -82,15 +83,15 @@ class ClippedSGD(torch.optim.Optimizer):
         params: parameters or groups, of any floating dtypes. State: one tensor per parameter.
         lr: in weight units per gradient unit; 100 to 300 in the paper. A number or a 0-d tensor.
         momentum: decay of the average, in [0, 1). Default 0.9; 0 needs no state.
-        token_clip: largest norm of a row of m, in gradient units, or None (default). The paper has
-            it on lm_head's weight [vocab, hidden] alone, whose rows are token classes, at 1e-3.
-            It suits any matrix; on all of them (--row_clip of train.py) it is ours.
+        token_clip: largest norm of a row of m, in gradient units, or None (default). The paper
+            clips lm_head's weight [vocab, hidden] alone, whose rows are token classes, at 1e-3.
+            Other matrices can be clipped in the same way (ours).
         update_clip: largest RMS of a tensor's update, in weight units, or None. Default 5e-4, the
             paper's (2e-4 at 1B). While it binds, neither lr nor its schedule changes the step.
-        foreach: all tensors at once (default), or the reference, one after the other.
+        foreach: all tensors of a group at once (default), or the reference, one after the other.
     """
     def __init__(self, params, lr, momentum=0.9, token_clip=None, update_clip=5e-4, foreach=True):
-        self._clipped = {"tensors": [], "rows": []}
+        self._clipped = {"tensors": [], "rows": []}  # by the last step: lists of bool tensors
         super().__init__(params, dict(lr=lr, momentum=momentum, token_clip=token_clip,
                                       update_clip=update_clip, foreach=foreach))
 
@@ -98,8 +99,8 @@ class ClippedSGD(torch.optim.Optimizer):
         return {**super().__getstate__(), "_clipped": self._clipped}
 
     def add_param_group(self, param_group):
-        super().add_param_group(param_group)
-        group = self.param_groups.pop()
+        super().add_param_group(param_group)  # fills in the defaults
+        group = self.param_groups.pop()  # a bad group is not kept
         if getattr(group["lr"], "ndim", 0) or not group["lr"] >= 0:
             raise ValueError(f"lr must be one number, at least 0, not {group['lr']}")
         if not 0 <= group["momentum"] < 1:
@@ -118,7 +119,7 @@ class ClippedSGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        self._clipped["tensors"], self._clipped["rows"] = [], []
+        self._clipped = {"tensors": [], "rows": []}
         for group in self.param_groups:
             lists = {}  # what one torch._foreach_* call takes: one type, device, dtype and mesh
             for p in [p for p in group["params"] if p.grad is not None]:
@@ -143,80 +144,9 @@ class ClippedSGD(torch.optim.Optimizer):
 
     @property
     def clip_fraction(self):
-        """Of the last step, as 0-d tensors; None where a clip is off. FSDP2: read on all ranks."""
+        """The share of tensors and of rows that the last step's clips shrank, as 0-d tensors; None
+        where a clip is off. Under FSDP2 all ranks must read it."""
         def mean(flags):
             flags = [f.full_tensor() if hasattr(f, "full_tensor") else f for f in flags]
             return torch.cat([f.flatten().to(flags[0].device) for f in flags]).float().mean()
         return {name: mean(flags) if flags else None for name, flags in self._clipped.items()}
-
-
-class SCALE(torch.optim.Optimizer):
-    """Normalized SGD with momentum on the output layer alone (arXiv 2506.16659): each row of a
-    matrix's gradient, and each column of the embedding's, is divided by its RMS; norm gains, in
-    groups whose `normalize` is None, take Adam.
-
-    Every group has the options normalize, the dimension along which the RMS is taken, and momentum,
-    the decay of the average that is normalized in the gradient's place, 0 for none."""
-
-    def __init__(self, params, lr):
-        super().__init__(params, dict(lr=lr, momentum=0.0, normalize=1))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in [p for p in group["params"] if p.grad is not None]:
-                u, state = p.grad, self.state[p]
-                if group["normalize"] is None:
-                    if not state:
-                        state.update(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
-                    state["step"] += 1
-                    m = state["m"].lerp_(u, 1 - 0.9) / (1 - 0.9 ** state["step"])
-                    v = state["v"].lerp_(u * u, 1 - 0.999) / (1 - 0.999 ** state["step"])
-                    p.sub_(m / (v.sqrt() + 1e-8), alpha=group["lr"])
-                    continue
-                if group["momentum"]:
-                    m = state.setdefault("m", torch.zeros_like(p))
-                    u = m.lerp_(u, 1 - group["momentum"])
-                rms = u.square().mean(group["normalize"], keepdim=True).sqrt()
-                p.sub_(u / rms.clamp(min=1e-8), alpha=group["lr"])
-
-
-def build_optimizer(name, model, lr, momentum=0.9, token_clip=1e-3, row_clip=None,
-                    row_clip_on="all", update_clip=5e-4, schedule_update_clip=False, beta1=0.9,
-                    beta2=0.95, weight_decay=0.0, multipliers={}):
-    """One of the optimizers compared, for a LLaMA. "sgd" is ClippedSGD without the clips, so that
-    the two differ in nothing else.
-
-    It has a group for each kind of tensor: embedding, lm_head, matrix (the others) and norm.
-    multipliers, {kind: number}, scale the lr of a group, and its update_clip: the size of its steps
-    whether or not that binds. group["peak"] holds the options that follow the schedule.
-    """
-    kinds = {"embedding": [model.model.embed_tokens.weight], "lm_head": [model.lm_head.weight],
-             "matrix": [], "norm": []}
-    rest = {p for params in kinds.values() for p in params}
-    for p in [p for p in model.parameters() if p not in rest]:
-        kinds["matrix" if p.dim() == 2 else "norm"].append(p)
-    groups = []
-    for kind, params in kinds.items():
-        factor = multipliers.get(kind, 1.0)
-        group = {"params": params, "lr": factor * lr, "peak": {"lr": factor * lr}}
-        if name == "clipped_sgd":
-            clips = {"lm_head": token_clip, "embedding": row_clip,
-                     "matrix": row_clip if row_clip_on == "all" else None}
-            group["token_clip"] = clips.get(kind)
-            group["update_clip"] = update_clip and factor * update_clip
-            if schedule_update_clip and update_clip:
-                group["peak"]["update_clip"] = group["update_clip"]
-        elif name == "scale":
-            group["normalize"] = {"embedding": 0, "norm": None}.get(kind, 1)
-            group["momentum"] = momentum if kind == "lm_head" else 0
-        groups.append(group)
-    if name == "clipped_sgd":
-        return ClippedSGD(groups, lr, momentum)
-    if name == "sgd":
-        return ClippedSGD(groups, lr, momentum, update_clip=None)
-    if name == "adamw":
-        return torch.optim.AdamW(groups, lr, (beta1, beta2), weight_decay=weight_decay, fused=True)
-    if name == "scale":
-        return SCALE(groups, lr)
-    raise ValueError(f"no optimizer {name}: choose clipped_sgd, sgd, adamw or scale")

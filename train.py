@@ -29,12 +29,12 @@ import torch
 import torch.distributed
 from torch.nn.parallel import DistributedDataParallel
 
+from baselines import build_optimizer
 from checkpoint import Dist, RunDir, StopSignal, code_hashes, describe
 from loader import (BatchSampler, TokenDataset, UserError, eval_batches, fingerprint,
                     token_counts)
 from metrics import Metrics, frequency_groups
 from model import IGNORE_INDEX, SIZES, Config, LLaMA
-from optim import build_optimizer
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -48,30 +48,30 @@ class Settings:
     out: str = setting("", "folder of this run; an unfinished run in it is continued")
     data: str = setting("data/python", "data directory, or a folder of llm.c's shards")
     model: str = setting("nano", "micro, nano, mini, 60m, 130m, 350m or 1b")
-    embedding: str | None = setting(None, "variant (model.py): detach, norm, scale, large or none")
+    embedding: str | None = setting(None, "variant of it: detach, norm, scale, large or none")
     init: str | None = setting(None, "small: initial weights of Takase et al.; none: N(0, 0.02)")
     init_from: str | None = setting(None, "start from this folder in Hugging Face's LLaMA format")
     seed: int = setting(42, "random seed of the initial weights and the data order")
     # optimizer
     optimizer: str = setting("clipped_sgd", "clipped_sgd, sgd, adamw or scale")
     lr: float = setting(100.0, "peak learning rate; this default is for clipped_sgd only")
-    embedding_mult: float = setting(1.0, "times lr and update_clip: of the embedding")
-    lm_head_mult: float = setting(1.0, "the same of the output layer")
-    matrix_mult: float = setting(1.0, "the same of the other matrices")
-    norm_mult: float = setting(1.0, "the same of the gains of the norms")
-    momentum: float = setting(0.9, "all but adamw: decay of the moving average of gradients")
+    embedding_mult: float = setting(1.0, "factor of the embedding's lr and update_clip")
+    lm_head_mult: float = setting(1.0, "the same for the output layer")
+    matrix_mult: float = setting(1.0, "the same for the other matrices")
+    norm_mult: float = setting(1.0, "the same for the gains of the norms")
+    momentum: float = setting(0.9, "clipped_sgd, sgd, scale: decay of the averaged gradient")
     token_clip: float | None = setting(1e-3, "clipped_sgd: max. norm of lm_head's rows, or none")
-    row_clip: float | None = setting(None, "clipped_sgd: the same of all other matrices, or none")
-    row_clip_on: str = setting("all", "what row_clip acts on: all, or embedding")
+    row_clip: float | None = setting(None, "clipped_sgd: the same for the other matrices, or none")
+    row_clip_on: str = setting("all", "which matrices row_clip acts on: all, or embedding")
     update_clip: float | None = setting(5e-4, "clipped_sgd: max. RMS of a tensor's update, or none")
-    schedule_update_clip: bool = setting(False, "clipped_sgd: update_clip follows the schedule")
+    schedule_update_clip: bool = setting(False, "clipped_sgd: true: update_clip is scheduled as lr")
     beta1: float = setting(0.9, "adamw: decay of the average of gradients")
     beta2: float = setting(0.95, "adamw: decay of the average of squared gradients")
     weight_decay: float = setting(0.0, "adamw: decoupled, times the learning rate")
     grad_clip: float | None = setting(None, "max. global norm of the gradient, or none")
     # batch and schedule
     batch_size: int = setting(32, "sequences per step, over all devices and micro-batches")
-    micro_batch: int | None = setting(None, "sequences at a time; none: all, on a CPU up to 16")
+    micro_batch: int | None = setting(None, "sequences at a time per process; none: all, CPU 16")
     steps: int = setting(200, "optimizer steps")
     warmup: float = setting(0.1, "fraction of the steps in which the learning rate rises")
     min_lr: float = setting(0.1, "fraction of the peak at which the cosine ends")
@@ -80,8 +80,8 @@ class Settings:
     eval_tokens: int = setting(100_000, "targets per evaluation, the same ones each time")
     log_every: int = setting(10, "steps between printed lines; metrics.jsonl has every step")
     diag_every: int = setting(10, "steps between diagnostics (metrics.py)")
-    save_every: int | None = setting(None, "steps between checkpoints; none: five minutes or so")
-    keep: str = setting("all", "of a finished run's checkpoint: all, weights or nothing")
+    save_every: int | None = setting(None, "steps between checkpoints; none: 5 min., at a log line")
+    keep: str = setting("all", "what stays of a finished run's checkpoint: all, weights or nothing")
     wandb: str | None = setting(None, "project of Weights & Biases to log to as well, or none")
     # machine
     compile: bool = setting(True, "use torch.compile")
@@ -89,7 +89,7 @@ class Settings:
     device: str = setting("auto", "cpu or cuda; auto: cuda if there is a GPU")
 
 
-# the settings that only one optimizer has, and the allowed values of settings that are words
+# the settings that not every optimizer has, and the allowed values of settings that are words
 OPTIMIZER_SETTINGS = {"clipped_sgd": ("momentum", "token_clip", "row_clip", "row_clip_on",
                                       "update_clip", "schedule_update_clip"),
                       "sgd": ("momentum",),
@@ -97,9 +97,8 @@ OPTIMIZER_SETTINGS = {"clipped_sgd": ("momentum", "token_clip", "row_clip", "row
                       "scale": ("momentum",)}
 CHOICES = {"model": tuple(SIZES), "optimizer": tuple(OPTIMIZER_SETTINGS),
            "embedding": (None, "detach", "norm", "scale", "large"), "init": (None, "small"),
-           "row_clip_on": ("all", "embedding"), "schedule_update_clip": (True, False),
-           "keep": ("all", "weights", "nothing"), "dtype": ("auto", "float32", "bfloat16"),
-           "device": ("auto", "cpu", "cuda")}
+           "row_clip_on": ("all", "embedding"), "keep": ("all", "weights", "nothing"),
+           "dtype": ("auto", "float32", "bfloat16"), "device": ("auto", "cpu", "cuda")}
 # may change when a run continues; all other settings, and a hash of the data, identify it
 MAY_CHANGE = ("out", "data", "micro_batch", "log_every", "diag_every", "save_every", "keep",
               "wandb", "compile", "device")
@@ -164,6 +163,11 @@ def parse(argv):
         for name in names:
             require(name not in given or name in OPTIMIZER_SETTINGS[s.optimizer], name,
                     f"it does nothing for {s.optimizer}: drop it, or use --optimizer={optimizer}")
+    require(s.row_clip or "row_clip_on" not in given, "row_clip_on",
+            "it does nothing without --row_clip: give that, too")
+    require(not s.schedule_update_clip or (s.update_clip and s.min_lr), "schedule_update_clip",
+            "it needs an --update_clip, and a --min_lr above 0")
+    require(not s.init_from or not s.init, "init", "--init_from has the weights: drop one of them")
     require("lr" in given or s.optimizer == "clipped_sgd", "optimizer",
             "--lr is missing, this optimizer has no default")
     processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -394,10 +398,11 @@ def train(s):
         # log, save, evaluate, each every so many steps
         to_log, to_eval = step % s.log_every == 0, is_eval_due(step)
         to_save = step % s.save_every == 0 if s.save_every else to_log and run_dir.is_save_due()
-        if to_log or to_eval or to_save or step == s.steps:
+        to_save |= step == s.steps
+        if to_log or to_eval or to_save:
             if not metrics.flush(step):
                 return end(step)
-            if to_save or step == s.steps:
+            if to_save:
                 run_dir.save(step, metrics.seconds, metrics.last_eval, model, optimizer)
             if to_eval and not run_eval(step):
                 return end(step)

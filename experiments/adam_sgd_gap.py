@@ -49,8 +49,9 @@ NAMES = ("Adam", "SGD with momentum", "clipped SGD", "clipped SGD, all rows")  #
 CURVE = 4  # evaluations along a run whose validation loss is drawn over the steps
 
 # start: where a search begins; at: what differs at a scale (for clipped SGD the paper's values; at
-# nano and micro the best of an earlier search, for every method); axes: what is searched beside
-# lr, in steps of about sqrt(10) for every method.
+# nano, and so at micro, the best of an earlier search); axes: what is searched beside lr, step
+# sizes and clips in steps of sqrt(10) for every method; against: what is moved against lr, too;
+# tied: a setting that is always as large as another.
 MOMENTA = (0.5, 0.8, 0.9, 0.95, 0.98)
 GRAD_CLIPS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 UPDATE_CLIPS = (1.58e-5, 5e-5, 1.58e-4, 5e-4, 1.58e-3, 5e-3, 1.58e-2)
@@ -77,9 +78,10 @@ METHODS = {
         "at": {"nano": {"lr": 1000.0, "token_clip": 3.16e-4, "momentum": 0.8},
                "350m": {"lr": 200.0}, "1b": {"lr": 300.0, "update_clip": 2e-4}},
         "axes": {"update_clip": UPDATE_CLIPS, "token_clip": ROW_CLIPS, "momentum": MOMENTA}},
-    "clipped SGD, all rows": {  # ours: the rows of every matrix, nearly always
+    "clipped SGD, all rows": {  # ours: one row clip for all matrices, which nearly always binds
         "start": {"optimizer": "clipped_sgd", "lr": 316.0, "token_clip": 1e-4, "row_clip": 1e-4,
                   "update_clip": 1e-3, "momentum": 0.9, "schedule_update_clip": True},
+        "tied": {"token_clip": "row_clip"},
         "at": {"nano": {"update_clip": 5e-4, "momentum": 0.8, "schedule_update_clip": False}},
         "axes": {"update_clip": UPDATE_CLIPS, "row_clip": ROW_CLIPS, "momentum": MOMENTA,
                  "schedule_update_clip": (False, True)}},
@@ -104,6 +106,8 @@ def method(name, args, **changes):
     settings = {**SCALES[args.scale], **({} if small else LARGE), "eval_every": None,
                 "data": args.data, "seed": SEED, "keep": "nothing", **spec["start"], **at,
                 **args.override, **changes}
+    settings |= {name: settings[other] for name, other in spec.get("tied", {}).items()
+                 if settings[other] is not None}
     return Run(name, settings, ("lr", *spec["axes"], *MULTIPLIERS))
 
 
@@ -120,7 +124,7 @@ def search(name, args, only=None, below=math.inf, **changes):
 def final_runs(name, args, only=None, **changes):
     """A method at the best settings that a search finds, at other seeds than the search's; where
     one of these diverges, at the best settings below that learning rate, and so on. Returns the
-    best run of the search, all its runs, and those at the other seeds."""
+    best run of the search, all its runs and the seeds that were given up, and the other seeds."""
     best, tried = search(name, args, only, **changes)
     curve = {"eval_every": max(1, best.settings["steps"] // CURVE)} | args.override
     while True:
@@ -233,6 +237,10 @@ def demo(args):
 
 
 def gap(args):
+    for name in MULTIPLIERS:
+        if name in args.override:
+            raise UserError(f"the search is over this: drop --{name}")
+
     def both(name, args):
         found = {"common": final_runs(name, args)}
         if name in MULTIPLIED:
@@ -241,7 +249,8 @@ def gap(args):
             start = min(run_all([best, trial], args), key=lambda run: run.loss).settings
             start = dict.fromkeys(MULTIPLIERS, 1.0) | start
             found["by kind"] = final_runs(name, args, tuple(MULTIPLIERS), **start)
-            found["by kind"][1].append(trial)
+            if trial.out not in [run.out for run in found["by kind"][1]]:
+                found["by kind"][1].append(trial)
         return found
     found = dict(zip(METHODS, concurrently(both, METHODS, args)))
     if args.dry:
@@ -266,7 +275,7 @@ def gap(args):
                           interval_text([run.loss - other.loss for run, other in zip(runs, adams)],
                                         "+.3f"),
                           *clip_shares(runs[0]), f"{state_bytes(best.settings, vocab_size):.3g}",
-                          str(len(tried))))
+                          str(sum(run.settings["seed"] == SEED for run in tried))))
     table = markdown_table(
         ("step sizes", "method", "best settings", "validation loss", "perplexity", "gap to Adam",
          "gap, nats", "tensors clipped", "rows clipped", "state, bytes per parameter",

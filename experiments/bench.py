@@ -26,10 +26,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.benchmark import Timer
 
+from baselines import build_optimizer
 from checkpoint import hardware
 from experiments.sweep import markdown_table
 from model import SIZES, Config, LLaMA
-from optim import build_optimizer
 from train import default_dtype
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -204,7 +204,7 @@ def bench_overhead(args):
         run_train(args, folder, ["--steps=100", "--compile=false"],
                   ["-m", "cProfile", "-o", f"{folder}/profile"])
         stats = pstats.Stats(f"{folder}/profile").sort_stats("cumulative")
-    stats.print_stats(rf"^train\.py|^{os.getcwd()}/(loader|optim|metrics|checkpoint)\.py", 25)
+    stats.print_stats(rf"^train\.py|^{os.getcwd()}/(loader|optim|baselines|metrics|checkpoint)\.py", 25)
 
 
 def main():

@@ -3,9 +3,9 @@
     python -m experiments.length --scale=micro                  # options as in adam_sgd_gap.py
     python -m experiments.length --scale=nano --lengths=0.4,2
 
-Every length is a run of its own, with its own schedule. A method is searched over all its settings
-at the shortest length; at the next, from the best settings of the one before; above FULL tokens per
-parameter over its step size alone.
+Every length is a run of its own, with its own schedule. Up to FULL tokens per parameter all settings
+of a method are searched, above its step size alone; the search begins at the best settings of the
+length before.
 """
 import argparse
 from statistics import fmean
@@ -15,6 +15,7 @@ from experiments.paper import data_shape
 from experiments.sweep import (
     STYLES, ExperimentResult, concurrently, finished, gap_to, interval_text, mark_diverged,
     markdown_table, outcomes, rerun_with_new_seeds, run_all)
+from loader import UserError
 from model import Config
 
 LENGTHS = 0.4, 2.0, 7.0, 20.0  # tokens per parameter; the paper's are 15 to 21
@@ -27,6 +28,8 @@ def step_size(name):
 
 
 def length(args):
+    if "steps" in args.override:
+        raise UserError("--lengths sets the steps: drop --steps")
     s, (vocab_size, seq_len) = method("Adam", args).settings, data_shape(args.data)
     per_step = s["batch_size"] * seq_len
     parameters = Config.named(s["model"], vocab_size).parameters
@@ -37,7 +40,7 @@ def length(args):
         found, start = {}, {}
         for n, shape in shapes.items():
             only = None if n <= FULL else (step_size(name),)
-            best, tried = search(name, args, only, **{**start, **shape})
+            best, tried = search(name, args, only, **start, **shape)
             start = {axis: best.settings[axis] for axis in ("lr", *METHODS[name]["axes"])}
             runs = rerun_with_new_seeds(best, args, first=1) if n <= FULL else [best]
             found[n] = best, tried, run_all(runs, args)

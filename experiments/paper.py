@@ -124,7 +124,7 @@ def cost_main(words):
     option = parser.add_argument
     option("--scale", choices=SCALES, default="nano")
     option("--data", default="data/c4", help="data directory, made by data/prepare.py")
-    option("--target", choices=("paper", *EXPERIMENTS, "spikes"), default="paper")
+    option("--target", choices=("paper", *EXPERIMENTS, "length", "spikes"), default="paper")
     option("--gpus", type=int, default=8, help="how many [8]")
     option("--peak", type=float, default=989e12, help="their FLOP/s [989e12: H100, dense bf16]")
     option("--mfu", type=float, default=0.4, help="the share of these that is reached [0.4]")

@@ -1,5 +1,6 @@
-"""Loss spikes (Takase et al. 2023, arXiv 2312.16903): models that differ in their initial weights
-and embedding, over learning rates, at a quarter of the scale's batch for twice its steps.
+"""Spikes of the gradient norm (Takase et al. 2023, arXiv 2312.16903): models that differ in their
+initial weights and embedding, over learning rates, at a quarter of the scale's batch for twice its
+steps.
 
     python -m experiments.spikes     # options as in adam_sgd_gap.py
 """
@@ -8,6 +9,7 @@ from experiments.sweep import (
     LR_GRID, STYLES, ExperimentResult, finished, markdown_table, next_below, outcomes,
     rerun_with_new_seeds, run_all)
 from loader import UserError
+from model import SIZES
 
 # The first is this repo's model as it is; the others are the paper's.
 VARIANTS = {
@@ -16,27 +18,29 @@ VARIANTS = {
     "Embed Detach": {"init": "small", "embedding": "detach"},
     "Embed LN": {"init": "small", "embedding": "norm"},
     "Scaled Embed": {"init": "small", "embedding": "scale"},
-    # ours: the two things that the multiplier of Scaled Embed does to Adam, one at a time
+    # ours: half of what the factor sqrt(width) in the forward pass of Scaled Embed does to Adam
     "Large Embed": {"init": "small", "embedding": "large"},
-    "Fast Embed": {"init": "small", "embedding_mult": 11.3},
 }
-LINES = dict(zip(VARIANTS, STYLES.values()))
 METHODS = ("Adam", "SGD with momentum", "clipped SGD")
 
 
 def spikes(args):
-    for name in ("embedding", "init", "embedding_mult"):
+    for name in ("embedding", "init", "embedding_mult", "grad_clip"):
         if name in args.override:
-            raise UserError(f"the models differ by --embedding and --init: drop --{name}")
+            raise UserError(f"the models differ by this, or must not: drop --{name}")
     s = method("Adam", args).settings
-    short = resized(s, args, s["batch_size"] // 4, 2 * s["steps"]) | {"grad_clip": None}
-    grids = {(name, variant): lr_grid(name, args, **short, **changes)
-             for name in METHODS for variant, changes in VARIANTS.items()}
+    # ours, the other half
+    factor = SIZES[s["model"]][0] ** 0.5
+    variants = VARIANTS | {"Fast Embed": {"init": "small", "embedding_mult": factor}}
+    styles = dict(zip(variants, STYLES.values(), strict=True))
+    shape = resized(s, args, s["batch_size"] // 4, 2 * s["steps"]) | {"grad_clip": None}
+    grids = {(name, variant): lr_grid(name, args, **shape, **changes)
+             for name in METHODS for variant, changes in variants.items()}
     run_all(sum(grids.values(), []), args)
     for (name, variant), grid in grids.items():  # on down, until the best is not the lowest
         while (grid[0].loss < min(run.loss for run in grid[1:])
                and (lower := next_below(LR_GRID, grid[0].lr))):
-            run = method(name, args, **short, **VARIANTS[variant], lr=lower)
+            run = method(name, args, **shape, **variants[variant], lr=lower)
             grid.insert(0, run_all([run], args)[0])
     best = {key: min(grid, key=lambda run: run.loss) for key, grid in grids.items()}
     final = {key: rerun_with_new_seeds(run, args, first=1) if finished([run]) else []
@@ -62,11 +66,11 @@ def spikes(args):
 
     def draw(panels):
         for axes, name in zip(panels.flat, METHODS):
-            for variant, style in LINES.items():
+            for variant, style in styles.items():
                 plot_by_lr(axes, grids[name, variant], style, variant)
             axes.sharey(panels[0, 0])
             axes.set_title(name)
-        for variant, style in LINES.items():
+        for variant, style in styles.items():
             grid = grids["Adam", variant]
             panels[1, 1].plot([run.lr for run in grid], [len(run.spikes) for run in grid], **style)
         panels[1, 1].set(title="Adam", xscale="log", xlabel="peak learning rate (log scale)",

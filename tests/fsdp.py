@@ -10,8 +10,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from baselines import build_optimizer  # noqa: E402
 from model import Config, LLaMA  # noqa: E402
-from optim import build_optimizer  # noqa: E402
 
 
 def main():

@@ -19,11 +19,11 @@ from conftest import ROOT, documents, write_jsonl
 sys.path.insert(0, str(ROOT / "data"))
 import prepare  # noqa: E402
 import sample  # noqa: E402
+from baselines import build_optimizer  # noqa: E402
 from checkpoint import Dist, RunDir  # noqa: E402
 from experiments.images import read_mnist  # noqa: E402
 from loader import TokenDataset, UserError, read_meta, token_counts  # noqa: E402
 from model import Config, LLaMA  # noqa: E402
-from optim import build_optimizer  # noqa: E402
 
 KINDS = ["data/train_000000.bin", "data/meta.json", "data/token_counts.npy", "run/ckpt.pt",
          "run/config.json", "text.json.gz", "mnist/train-images-idx3-ubyte.gz",

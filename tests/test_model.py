@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import optim
+import baselines
 from model import IGNORE_INDEX, SIZES, Config, LLaMA
 
 
@@ -241,7 +241,7 @@ def test_fifty_steps_stay_with_the_reference():
     def losses(fast):
         torch.manual_seed(0)
         model = LLaMA(Config(hidden=32, ffn=48, layers=1, heads=2, vocab_size=97))
-        optimizer = optim.build_optimizer("clipped_sgd", model, lr=100.0, update_clip=5e-3)
+        optimizer = baselines.build_optimizer("clipped_sgd", model, lr=100.0, update_clip=5e-3)
         for group in optimizer.param_groups:
             group["foreach"] = fast
         if fast:

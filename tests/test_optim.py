@@ -5,9 +5,10 @@ import pickle
 import pytest
 import torch
 
+from baselines import SCALE, build_optimizer
 from conftest import ROOT, python
 from model import Config, LLaMA
-from optim import SCALE, ClippedSGD, build_optimizer
+from optim import ClippedSGD
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 SHAPES = [(40, 8), (8, 8), (8,), (3, 5, 2)]  # the first one is the output layer: 40 token classes

@@ -16,12 +16,12 @@ import torch
 
 import checkpoint
 import train
+from baselines import build_optimizer
 from checkpoint import Dist, RunDir
 from conftest import ROOT, TINY, launch, metrics, one_line, python, result, run, same_end, settings, wait_for
 from loader import BatchSampler, TokenDataset, UserError, eval_batches
 from metrics import Diagnostics, frequency_groups
 from model import Config, LLaMA
-from optim import build_optimizer
 
 
 def here(**changes):
@@ -240,8 +240,8 @@ def test_the_readmes_exercise_adds_an_optimizer(stream, tmp_path):
     assert entry in readme
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
-    for name, old, new in (("optim.py", "def build_optimizer(", f"{optimizer}\n\ndef build_optimizer("),
-                           ("optim.py", "    raise ValueError(f\"no optimizer", f"{lines}    raise ValueError(f\"no optimizer"),
+    for name, old, new in (("baselines.py", "def build_optimizer(", f"{optimizer}\n\ndef build_optimizer("),
+                           ("baselines.py", "    raise ValueError(f\"no optimizer", f"{lines}    raise ValueError(f\"no optimizer"),
                            ("train.py", "OPTIMIZER_SETTINGS = {", f"OPTIMIZER_SETTINGS = {{{entry}, ")):
         text = (tmp_path / name).read_text()
         assert text.count(old) == 1
