@@ -83,6 +83,8 @@ def cost(args, target="paper", gpus=8, peak=989e12, mfu=0.4):
     lines.append((f"runs of {target}, {source}", str(runs or "-")))
     if runs:
         lines.append((f"hours of {target}", f"{runs * hours:,.1f}"))
+        kept = runs * 4 * config.parameters / 2**30 if target == "paper" else 0
+        lines.append(("GiB kept of finished runs", f"{kept:,.1f}" + " (weights)" * bool(kept)))
     return markdown_table((f"one run of {args.scale}", ""), lines)
 
 

@@ -484,6 +484,7 @@ def test_cost(tmp_path):
     assert "| C4 files for one epoch, in rows | 220, 66 GB |" in out  # 4,096 x 19,125 documents
     assert "| runs of gap, as in results/nano/gap.md | 118 |" in out
     assert f"| hours of gap | {118 * hours:,.1f} |" in out
+    assert "| GiB kept of finished runs | 0.0 |" in out
     for scale, files in (("130m", 29), ("350m", 87)):
         out = experiment("paper", "cost", f"--scale={scale}", cwd=tmp_path).stdout
         assert f"in rows | {files}," in out and "| runs of paper, stated settings, one seed | 4" in out
@@ -522,6 +523,6 @@ def test_the_papers_runs_need_no_search(stream, tmp_path):
     kept = [torch.load(path, weights_only=True) for path in tmp_path.glob("runs/*/ckpt.pt")]
     assert len(kept) == 4 and all(set(state) == {"identity", "model"} for state in kept)
     dry = experiment("paper", "--scale=1b", "--nproc=8", "--data=data/c4", "--dry", cwd=tmp_path)
-    assert "hours of paper | 54.2" in dry.stderr and len(dry.stdout.splitlines()) == 4
+    assert "hours of paper | 54.3" in dry.stderr and len(dry.stdout.splitlines()) == 4
     paper = "--optimizer=clipped_sgd --lr=300.0 --token_clip=0.001 --update_clip=0.0002"
     assert paper in dry.stdout and "--nproc_per_node=8" in dry.stdout
