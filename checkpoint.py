@@ -293,8 +293,8 @@ def describe(settings, dist):
         return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True)
     try:
         commit = git("describe", "--always").stdout.decode().strip()
-        if commit and git("diff", "--quiet", "HEAD", "--", *CODE, "experiments").returncode:
-            commit += "-dirty"  # new pages in results/ do not count
+        if commit and git("diff", "--quiet", "HEAD", "--", *CODE, "experiments/*.py").returncode:
+            commit += "-dirty"  # new pages do not count
     except OSError:  # no git here
         commit = ""
     return {"settings": asdict(settings), "device": hardware(dist.device), "world_size": dist.size,
