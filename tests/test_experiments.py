@@ -399,6 +399,7 @@ def test_every_page_stands_whatever_the_runs_came_to(
             assert {row["steps"] for row in rows if row["tokens_per_parameter"] == 20} == {
                 round(20 * count / per_step)}
         if name == "gap" and outcome == "all is well":
+            assert "**The longest runs read their text" in text  # 110 x 32 sequences
             for best in BEST:
                 assert f"| {best} |" in text, text
             losses = {row["method"]: row["val_loss"] for row in rows if row["role"] == "seed"}
