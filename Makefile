@@ -64,7 +64,7 @@ drill: .venv/installed  ## faults and damaged files: what survives, what is lost
 	$(PY) dev/drill.py
 	FUZZ_FILES=2000 $(PY) -m pytest -q -s tests/test_fuzz.py
 
-test: .venv/installed  ## the tests; three minutes
+test: .venv/installed  ## the tests; five minutes
 	@$(MAKE) --no-print-directory -j2 test-runs test-rest
 test-runs:
 	@$(PY) -m pytest -q --disable-warnings tests/test_train.py tests/test_sample.py
