@@ -1,5 +1,5 @@
-"""The optimizers that are compared, with a parameter group for each kind of tensor of a LLaMA; and
-SCALE, which PyTorch does not have."""
+"""The optimizers that are compared, with parameter groups by kind of tensor of a LLaMA; and SCALE,
+which PyTorch does not have."""
 import torch
 
 from optim import ClippedSGD

@@ -239,7 +239,8 @@ class RunDir:
     def discard(self, keep, model):
         """Of a finished run's checkpoint, what is not kept: nothing, or all but the weights."""
         if keep == "nothing":
-            self.ckpt.unlink(missing_ok=True)
+            with access("write", self.ckpt):
+                self.ckpt.unlink(missing_ok=True)
         elif keep == "weights":
             state = {"identity": self.identity, "model": model.state_dict()}
             self.replace(self.ckpt, lambda f: torch.save(state, f))

@@ -305,8 +305,8 @@ def train(s):
         from sample import load_pretrained  # imported here, as it needs more packages
         model.load_state_dict(dist.rank0_first(load_pretrained, s.init_from, config))
     options = {name: getattr(s, name) for name in OPTIMIZER_SETTINGS[s.optimizer]}
-    options["multipliers"] = {kind: getattr(s, f"{kind}_mult")
-                              for kind in ("embedding", "lm_head", "matrix", "norm")}
+    options["multipliers"] = {name.removesuffix("_mult"): value
+                              for name, value in asdict(s).items() if name.endswith("_mult")}
     optimizer = build_optimizer(s.optimizer, model, s.lr, **options)
 
     # the run's folder: refuse another run's, leave a finished one alone, else continue

@@ -333,11 +333,11 @@ def ablation(args):
     clips = {"only": ["update_clip"]}
     options = {"Adam": ("Adam", {}), "per-tensor normalized": (
         "clipped SGD", {**clips, "lr": 1e9, "token_clip": None})}
-    for rows, changes in (("lm_head", {"row_clip": None}),
-                          ("lm_head and embedding", {"row_clip_on": "embedding"}),
-                          ("all", {})):
-        options[f"{rows} rows"] = "clipped SGD, all rows", {**clips, **changes}
-        options[f"{rows} rows, scheduled"] = "clipped SGD, all rows", {
+    for clipped, changes in (("lm_head", {"row_clip": None}),
+                             ("lm_head and embedding", {"row_clip_on": "embedding"}),
+                             ("all", {})):
+        options[f"{clipped} rows"] = "clipped SGD, all rows", {**clips, **changes}
+        options[f"{clipped} rows, scheduled"] = "clipped SGD, all rows", {
             **clips, **changes, "update_clip": 1.58e-3, "schedule_update_clip": True}
     found = dict(zip(options, concurrently(
         lambda key, args: search(options[key][0], args, **options[key][1]), options, args)))

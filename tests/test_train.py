@@ -195,7 +195,6 @@ def test_ranks_that_disagree_do_not_train(stream, rows, tmp_path):
     wrapper.write_text(f"""import os, sys
 own, other = sys.argv[1].split(","), os.environ["RANK"] == "1"
 sys.path.insert(0, "{tmp_path}" if other else "{ROOT}")
-import checkpoint
 import train
 sys.exit(train.main(sys.argv[2:] + own * other))
 """)
