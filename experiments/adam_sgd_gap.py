@@ -50,8 +50,8 @@ CURVE = 4  # evaluations along a run whose validation loss is drawn over the ste
 
 # start: where a search begins; at: what differs at a scale (for clipped SGD the paper's values; at
 # nano, and so at micro, the best of an earlier search); axes: what is searched beside lr, step
-# sizes and clips in steps of sqrt(10) for every method; against: what is moved against lr, too;
-# tied: a setting that is always as large as another.
+# sizes and clips in steps of sqrt(10) for every method; together: what is moved at once, too, in
+# which directions; tied: a setting that is always as large as another.
 MOMENTA = (0.5, 0.8, 0.9, 0.95, 0.98)
 GRAD_CLIPS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 UPDATE_CLIPS = (1.58e-5, 5e-5, 1.58e-4, 5e-4, 1.58e-3, 5e-3, 1.58e-2)
@@ -71,7 +71,7 @@ METHODS = {
         "start": {"optimizer": "sgd", "lr": 31.6, "momentum": 0.9, "grad_clip": 0.1},
         "at": {"nano": {"lr": 316.0, "grad_clip": 0.03}},
         "axes": {"grad_clip": GRAD_CLIPS, "momentum": MOMENTA},
-        "against": ("grad_clip",)},
+        "together": ({"lr": -1, "grad_clip": 1},)},
     "clipped SGD": {
         "start": {"optimizer": "clipped_sgd", "lr": 100.0, "token_clip": 1e-3,
                   "update_clip": 5e-4, "momentum": 0.9},
@@ -84,17 +84,17 @@ METHODS = {
         "tied": {"token_clip": "row_clip"},
         "at": {"nano": {"update_clip": 5e-4, "momentum": 0.8, "schedule_update_clip": False}},
         "axes": {"update_clip": UPDATE_CLIPS, "row_clip": ROW_CLIPS, "momentum": MOMENTA,
-                 "schedule_update_clip": (False, True)}},
+                 "schedule_update_clip": (False, True)},
+        "together": ({"schedule_update_clip": 1, "update_clip": 1},)},
     "SCALE": {
         "start": {"optimizer": "scale", "lr": 1e-3, "momentum": 0.9},
         "axes": {"momentum": MOMENTA}},
 }
-# What a second search changes, in steps of 2, all else as the first has found it. It begins where
-# Adam and clipped SGD were best in a trial by hand, or at 1 where that is better.
-MULTIPLIED = ("Adam", "SGD with momentum", "clipped SGD", "clipped SGD, all rows", "SCALE")
-FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+# Step sizes by kind of tensor, in steps of 2; start: where most methods were best in an earlier
+# search, of the multipliers alone.
+FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 MULTIPLIERS = dict.fromkeys(("embedding_mult", "lm_head_mult", "matrix_mult"), FACTORS)
-MULTIPLIER_START = {"embedding_mult": 4.0, "lm_head_mult": 2.0, "matrix_mult": 0.5}
+MULTIPLIER_START = {"embedding_mult": 16.0, "lm_head_mult": 4.0, "matrix_mult": 1.0}
 
 
 # ---- parts of experiments ----
@@ -115,10 +115,9 @@ def search(name, args, only=None, below=math.inf, **changes):
     """The best run of a method and all that were tried, over lr and its axes or `only` some, at
     learning rates below `below`."""
     grids = {"lr": [lr for lr in LR_GRID if lr < below], **METHODS[name]["axes"], **MULTIPLIERS}
-    only = only or ("lr", *METHODS[name]["axes"])
-    axes = {axis: grid for axis, grid in grids.items() if axis in only}
+    axes = {axis: grids[axis] for axis in only or ("lr", *METHODS[name]["axes"]) if axis in grids}
     return coordinate_search(lambda **more: method(name, args, **{**changes, **more}), axes, args,
-                             METHODS[name].get("against", ()))
+                             METHODS[name].get("together", ()))
 
 
 def final_runs(name, args, only=None, **changes):
@@ -134,6 +133,25 @@ def final_runs(name, args, only=None, **changes):
             return best, tried, runs
         best, more = search(name, args, only, best.lr, **{**best.settings, "lr": lower})
         tried += runs + more
+
+
+def search_rows(best, tried, runs, adam, adams, **more):
+    """The rows of a search and of its final runs for a page's JSON. adam and adams are Adam's best
+    run and final runs; gaps are taken seed by seed."""
+    rows = [run.row(other) | {"role": "seed"} for run, other in zip(runs, adams)]
+    rows += [run.row(adam) | {"role": "search" if run.settings["seed"] == SEED else "given up"}
+             for run in tried]
+    return [row | more for row in rows]
+
+
+def gap_cells(runs, adams):
+    """Loss, perplexity and gap of final runs, as text."""
+    return (outcomes(runs), interval_text([math.exp(run.loss) for run in runs], ".1f"),
+            interval_text(map(gap_to, adams, runs), "+.1%"),
+            interval_text([run.loss - other.loss for run, other in zip(runs, adams)], "+.3f"))
+
+
+GAP_HEAD = "validation loss", "perplexity", "gap to Adam", "gap, nats"
 
 
 def lr_grid(name, args, **changes):
@@ -242,51 +260,37 @@ def gap(args):
             raise UserError(f"the search is over this: drop --{name}")
 
     def both(name, args):
-        found = {"common": final_runs(name, args)}
-        if name in MULTIPLIED:
-            best = found["common"][0]
-            trial = method(name, args, **{**best.settings, **MULTIPLIER_START})
-            start = min(run_all([best, trial], args), key=lambda run: run.loss).settings
-            start = dict.fromkeys(MULTIPLIERS, 1.0) | start
-            found["by kind"] = final_runs(name, args, tuple(MULTIPLIERS), **start)
-            if trial.out not in [run.out for run in found["by kind"][1]]:
-                found["by kind"][1].append(trial)
-        return found
+        common = final_runs(name, args)
+        start = {**common[0].settings, **MULTIPLIER_START}
+        axes = *MULTIPLIERS, "lr", *METHODS[name]["axes"]
+        return {"common": common, "by kind": final_runs(name, args, axes, **start)}
     found = dict(zip(METHODS, concurrently(both, METHODS, args)))
     if args.dry:
         return None
     vocab_size = read_meta(args.data)["vocab_size"]
     rows, lines, all_runs = [], [], []
-    for block, names in (("common", METHODS), ("by kind", MULTIPLIED)):
+    for block in ("common", "by kind"):
         adam, _, adams = found["Adam"][block]
-        for name in names:
+        for name in METHODS:
             best, tried, runs = found[name][block]
             all_runs += runs + tried
-            rows += [run.row(other) | {"role": "seed", "step_sizes": block}
-                     for run, other in zip(runs, adams)]
-            rows += [run.row(adam) | {"role": "search", "step_sizes": block} for run in tried]
-            grids = METHODS[name]["axes"] if block == "common" else MULTIPLIERS
+            rows += search_rows(best, tried, runs, adam, adams, step_sizes=block)
+            grids = METHODS[name]["axes"] | (MULTIPLIERS if block == "by kind" else {})
             edges = [axis for axis, grid in grids.items() if len(grid) > 2
                      and best.settings[axis] in (grid[0], grid[-1])]
             edge = f" (the grid's edge: {', '.join(edges)})" if edges else ""
-            lines.append((block, name, runs[0].settings_text + edge, outcomes(runs),
-                          interval_text([math.exp(run.loss) for run in runs], ".1f"),
-                          interval_text(map(gap_to, adams, runs), "+.1%"),
-                          interval_text([run.loss - other.loss for run, other in zip(runs, adams)],
-                                        "+.3f"),
+            lines.append((block, name, runs[0].settings_text + edge, *gap_cells(runs, adams),
                           *clip_shares(runs[0]), f"{state_bytes(best.settings, vocab_size):.3g}",
                           str(sum(run.settings["seed"] == SEED for run in tried))))
     table = markdown_table(
-        ("step sizes", "method", "best settings", "validation loss", "perplexity", "gap to Adam",
-         "gap, nats", "tensors clipped", "rows clipped", "state, bytes per parameter",
-         "runs of the search"), lines)
+        ("step sizes", "method", "best settings", *GAP_HEAD, "tensors clipped", "rows clipped",
+         "state, bytes per parameter", "runs of the search"), lines)
 
     def draw(panels):
         titles = {"common": "one step size for all tensors",
                   "by kind": "step sizes by kind of tensor"}
         for axes, (block, title) in zip(panels, titles.items()):
-            plot_losses(axes, {name: blocks[block][-1] for name, blocks in found.items()
-                               if block in blocks})
+            plot_losses(axes, {name: blocks[block][-1] for name, blocks in found.items()})
             axes.sharey(panels[0])
             axes.set_title(title)
         panels[1].set_ylabel(None)
@@ -294,8 +298,8 @@ def gap(args):
         "Each method at its best settings", table, rows, all_runs,
         f"Each method at the best settings that a search found at seed {SEED}, run at other seeds; "
         "where one of these diverged, the search went on below that learning rate. Step sizes by "
-        "kind: five of the methods in a second search, over multipliers of the steps of the "
-        "embedding, lm_head and the other matrices, from where the first ended. Mean and 95% "
+        "kind: a second search, over multipliers of the steps of the embedding, lm_head and the "
+        "other matrices and over all that the first one did, from where that ended. Mean and 95% "
         "interval (Student's t); gaps are taken seed by seed, to Adam with the same kind of step "
         "sizes; shares clipped are of the first seed.", draw, (1, 2))
 

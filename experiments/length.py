@@ -10,14 +10,16 @@ length before.
 import argparse
 from statistics import fmean
 
-from experiments.adam_sgd_gap import METHODS, MULTIPLIED, main, method, resized, search
+from experiments.adam_sgd_gap import (
+    GAP_HEAD, METHODS, gap_cells, main, method, resized, search, search_rows)
 from experiments.paper import data_shape
 from experiments.sweep import (
-    STYLES, ExperimentResult, concurrently, finished, gap_to, interval_text, mark_diverged,
-    markdown_table, outcomes, rerun_with_new_seeds, run_all)
+    STYLES, ExperimentResult, concurrently, finished, gap_to, mark_diverged, markdown_table,
+    rerun_with_new_seeds, run_all)
 from loader import UserError
 from model import Config
 
+NAMES = "Adam", "SGD with momentum", "clipped SGD", "clipped SGD, all rows", "SCALE"
 LENGTHS = 0.4, 2.0, 7.0, 20.0  # tokens per parameter; the paper's are 15 to 21
 FULL = 2.0  # up to here all settings are searched, and the best run at other seeds
 
@@ -45,29 +47,24 @@ def length(args):
             runs = rerun_with_new_seeds(best, args, first=1) if n <= FULL else [best]
             found[n] = best, tried, run_all(runs, args)
         return found
-    found = dict(zip(MULTIPLIED, concurrently(along, MULTIPLIED, args)))
+    found = dict(zip(NAMES, concurrently(along, NAMES, args)))
     if args.dry:
         return None
 
     rows, lines, all_runs = [], [], []
     for n in shapes:
         adam, _, adams = found["Adam"][n]
-        for name in MULTIPLIED:
+        for name in NAMES:
             best, tried, runs = found[name][n]
             all_runs += tried + runs
-            rows += [run.row(other) | {"tokens_per_parameter": n, "role": "final"}
-                     for run, other in zip(runs, adams)]
-            rows += [run.row(adam) | {"tokens_per_parameter": n, "role": "search"} for run in tried]
+            rows += search_rows(best, tried, runs, adam, adams, tokens_per_parameter=n)
             lines.append((f"{n:g}", str(best.settings["steps"]), name, best.settings_text,
-                          outcomes(runs), interval_text(map(gap_to, adams, runs), "+.1%"),
-                          interval_text([run.loss - other.loss for run, other in zip(runs, adams)],
-                                        "+.3f"), str(len(runs)), str(len(tried))))
-    table = markdown_table(
-        ("tokens per parameter", "steps", "method", "best settings", "validation loss",
-         "gap to Adam", "gap, nats", "seeds", "runs of the search"), lines)
+                          *gap_cells(runs, adams), str(len(runs)), str(len(tried))))
+    table = markdown_table(("tokens per parameter", "steps", "method", "best settings", *GAP_HEAD,
+                            "seeds", "runs of the search"), lines)
 
     def draw(panels):
-        for name in MULTIPLIED:
+        for name in NAMES:
             losses = {n: [run.loss for run in finished(found[name][n][-1])] for n in shapes}
             gaps = {n: [100 * gap_to(adam, run) for adam, run
                         in zip(found["Adam"][n][-1], found[name][n][-1])

@@ -282,27 +282,26 @@ def stable_start(make, args):
     return tried
 
 
-def coordinate_search(make, axes, args, against=()):
+def coordinate_search(make, axes, args, together=()):
     """From the first stable learning rate move along one axis after the other, to the next value
     below or above while that is better, round and round until no neighbour is. Failed runs are
     passed over.
 
-    axes is {setting: grid of values}. Those in `against` are also moved together with lr, one up
-    and the other down, since the best may lie on a diagonal. Returns the best run and all runs.
+    axes is {setting: grid of values}. Those of a dict in `together`, {setting: 1 or -1}, are also
+    moved at once, up or down, since the best may lie on a diagonal. Returns the best run and all.
     """
     axes = {name: grid for name, grid in axes.items() if name not in args.override}
-    directions = [({name: next_below}, {name: next_above}) for name in axes]
-    directions += [({"lr": next_below, name: next_above}, {"lr": next_above, name: next_below})
-                   for name in against if name in axes]
+    directions = [{name: 1} for name in axes]
+    directions += [move for move in together if axes.keys() >= move.keys()]
     tried = stable_start(make, args)
     best, improved = tried[-1], True
     while improved:
         improved = False
-        for pair in directions:
+        for direction in directions:
             while True:
                 here = {name: best.settings[name] for name in axes}
-                moves = [{name: step(axes[name], here[name]) for name, step in direction.items()}
-                         for direction in pair]
+                moves = [{name: (next_above if way == sign else next_below)(axes[name], here[name])
+                          for name, sign in direction.items()} for way in (-1, 1)]
                 near = [make(**{**here, **move}) for move in moves if None not in move.values()]
                 tried += run_all(near, args)
                 lowest = min(near, key=lambda run: run.loss, default=best)

@@ -393,7 +393,7 @@ def test_every_page_stands_whatever_the_runs_came_to(
             assert "| SGD with momentum | lr 1, momentum 0.8 |" in text
             assert "diverged at" not in text and any(row["status"] == "diverged" for row in rows)
         if name == "length" and outcome == "all is well":
-            at = [(row["tokens_per_parameter"], row["method"]) for row in rows if row["role"] == "final"]
+            at = [(row["tokens_per_parameter"], row["method"]) for row in rows if row["role"] == "seed"]
             assert at[:3] == [(0.4, "Adam")] * 3 and at[-1] == (20.0, "SCALE") and len(at) == 5 * 8
             per_step, count = 32 * 32, 500 * 128 * 2 + 4 * (4 * 128**2 + 3 * 128 * 352) + 9 * 128
             assert {row["steps"] for row in rows if row["tokens_per_parameter"] == 20} == {
