@@ -394,8 +394,8 @@ def ablation(args):
         "Which clip, at which learning rate", table, rows, runs,
         "Clips at the maximum stable learning rate of SGD with momentum and at clipped SGD's. "
         "Searched: Adam; per-tensor normalized SGD; and clipped SGD by whose rows are clipped, "
-        "with the update clip constant or on the schedule. Shares clipped are of the first seed.", draw,
-        (2, 1))
+        "with the update clip constant or on the schedule. Shares clipped are of the first seed.",
+        draw, (2, 1))
 
 
 BATCH_AXES = ("lr", "update_clip")  # what is searched at each batch size

@@ -3,9 +3,9 @@
     python -m experiments.length --scale=micro                  # options as in adam_sgd_gap.py
     python -m experiments.length --scale=nano --lengths=0.4,2
 
-Every length is a run of its own, with its own schedule. Up to FULL tokens per parameter all settings
-of a method are searched, above its step size alone; the search begins at the best settings of the
-length before.
+Every length is a run of its own, with its own schedule. Up to FULL tokens per parameter all
+settings of a method are searched, above its step size alone; the search begins at the best settings
+of the length before.
 """
 import argparse
 from statistics import fmean

@@ -271,8 +271,9 @@ def test_statistics_are_those_computed_by_hand():
 # ---- every page, from stubbed runs ----
 
 def valley(s, lr):
-    """Loss above the best. Adam's best is off the start on every axis, the global norm's along the
-    diagonal, clipped SGD's at the edge of two grids."""
+    """Loss above the best. Adam's best is off the start on every axis, the global norm's along a
+    diagonal, clipped SGD's at the edge of two grids, with all rows along a diagonal, too. SCALE's
+    best momentum is another with multipliers."""
     if s["optimizer"] == "adamw":
         return abs(lr + 3) / 9 + abs(s["beta1"] - 0.8) + abs(s["beta2"] - 0.99)
     if s["optimizer"] == "sgd":
@@ -280,10 +281,18 @@ def valley(s, lr):
         clip = 0 if clip == "none" else math.log10(clip)
         return 3 * abs(lr + clip - 0.5) + abs(clip) / 3
     if s["optimizer"] == "scale":
-        return abs(lr + 2.5) / 3
+        fast = s.get("embedding_mult", 1)
+        return (abs(lr + 2.5) / 3 + abs(s["momentum"] - (0.95 if fast > 1 else 0.9))
+                + abs(math.log2(fast / 32)) / 9)
     clips = [-4 if s[name] == "none" else math.log10(s[name])
              for name in ("update_clip", "token_clip")]
-    return abs(lr - 3) / 9 + abs(clips[0] + 3.8) / 3 + (clips[1] + 5) / 9 - s["momentum"]
+    best_clip, bonus = -3.8, 0
+    if s.get("schedule_update_clip") == "False":
+        best_clip = -3.3
+    elif s.get("schedule_update_clip") == "True":
+        best_clip, bonus = -2.8, 0.1
+    return (abs(lr - 3) / 9 + abs(clips[0] - best_clip) / 3 - bonus + (clips[1] + 5) / 9
+            - s["momentum"])
 
 
 def diverges_unless_adam(s):
@@ -313,8 +322,10 @@ BEST = (
     "SGD, global norm clipped | lr 3.16, grad_clip 1, momentum 0.9",
     "clipped SGD | lr 1000, update_clip 0.000158, token_clip 3.16e-06, momentum 0.98 "
     "(the grid's edge: token_clip, momentum)",
-    "clipped SGD, all rows | lr 1000, update_clip 0.000158, row_clip 3.16e-06, momentum 0.98 "
-    "(the grid's edge: row_clip, momentum)", "SCALE | lr 0.00316, momentum 0.9")
+    "clipped SGD, all rows | lr 1000, update_clip 0.00158, row_clip 3.16e-06, momentum 0.98, "
+    "schedule_update_clip True (the grid's edge: row_clip, momentum)",
+    "common | SCALE | lr 0.00316, momentum 0.9", "by kind | SCALE | lr 0.00316, momentum 0.95, "
+    "embedding_mult 32, lm_head_mult 4, matrix_mult 1")
 
 
 def leave_a_run(command, outcome):
@@ -393,7 +404,8 @@ def test_every_page_stands_whatever_the_runs_came_to(
             assert "| SGD with momentum | lr 1, momentum 0.8 |" in text
             assert "diverged at" not in text and any(row["status"] == "diverged" for row in rows)
         if name == "length" and outcome == "all is well":
-            at = [(row["tokens_per_parameter"], row["method"]) for row in rows if row["role"] == "seed"]
+            at = [(row["tokens_per_parameter"], row["method"]) for row in rows
+                  if row["role"] == "seed"]
             assert at[:3] == [(0.4, "Adam")] * 3 and at[-1] == (20.0, "SCALE") and len(at) == 5 * 8
             per_step, count = 32 * 32, 500 * 128 * 2 + 4 * (4 * 128**2 + 3 * 128 * 352) + 9 * 128
             assert {row["steps"] for row in rows if row["tokens_per_parameter"] == 20} == {
@@ -401,7 +413,7 @@ def test_every_page_stands_whatever_the_runs_came_to(
         if name == "gap" and outcome == "all is well":
             assert "**The longest runs read their text" in text  # 110 x 32 sequences
             for best in BEST:
-                assert f"| {best} |" in text, text
+                assert f"{best} |" in text, text
             losses = {row["method"]: row["val_loss"] for row in rows if row["role"] == "seed"}
             adam, sgd = losses["Adam"], losses["SGD"]
             gaps = f"{sgd / adam - 1:+.1%} ± 0.0% | {sgd - adam:+.3f} ± 0.000"
