@@ -16,7 +16,7 @@ class SCALE(torch.optim.Optimizer):
     def __init__(self, params, lr):
         super().__init__(params, dict(lr=lr, momentum=0.0, normalize=1))
         for group in self.param_groups:
-            if any(p.dim() <= (group["normalize"] or 0) for p in group["params"]):
+            if group["normalize"] is not None and any(p.dim() != 2 for p in group["params"]):
                 raise ValueError("normalize needs matrices: give other parameters a group of their "
                                  "own, with normalize None")
 
@@ -55,8 +55,8 @@ def build_optimizer(name, model, lr, momentum=0.9, token_clip=1e-3, row_clip=Non
     """
     kinds = {"embedding": [model.model.embed_tokens.weight], "lm_head": [model.lm_head.weight],
              "matrix": [], "norm": []}
-    rest = {p for params in kinds.values() for p in params}
-    for p in [p for p in model.parameters() if p not in rest]:
+    assigned = {p for params in kinds.values() for p in params}
+    for p in [p for p in model.parameters() if p not in assigned]:
         kinds["matrix" if p.dim() == 2 else "norm"].append(p)
     groups = []
     for kind, params in kinds.items():

@@ -48,7 +48,7 @@ class Settings:
     out: str = setting("", "folder of this run; an unfinished run in it is continued")
     data: str = setting("data/python", "data directory, or a folder of llm.c's shards")
     model: str = setting("nano", "micro, nano, mini, 60m, 130m, 350m or 1b")
-    embedding: str | None = setting(None, "variant of it: detach, norm, scale, large or none")
+    embedding: str | None = setting(None, "its variant (model.py): detach, norm, scale or large")
     init: str | None = setting(None, "small: initial weights of Takase et al.; none: N(0, 0.02)")
     init_from: str | None = setting(None, "start from this folder in Hugging Face's LLaMA format")
     seed: int = setting(42, "random seed of the initial weights and the data order")
@@ -71,7 +71,7 @@ class Settings:
     grad_clip: float | None = setting(None, "max. global norm of the gradient, or none")
     # batch and schedule
     batch_size: int = setting(32, "sequences per step, over all devices and micro-batches")
-    micro_batch: int | None = setting(None, "sequences at a time per process; none: all, CPU 16")
+    micro_batch: int | None = setting(None, "sequences at a time per process; none: all (CPU: 16)")
     steps: int = setting(200, "optimizer steps")
     warmup: float = setting(0.1, "fraction of the steps in which the learning rate rises")
     min_lr: float = setting(0.1, "fraction of the peak at which the cosine ends")
@@ -219,7 +219,7 @@ def default_dtype(device):
 def choose_dtype(s, device):
     """What --dtype says. Raises UserError for bfloat16 on a GPU that only emulates it."""
     default = default_dtype(device)
-    if device.type == "cuda" and s.dtype == "bfloat16" != default:
+    if device.type == "cuda" and s.dtype == "bfloat16" and default == "float32":
         raise UserError(f"--dtype=bfloat16: {torch.cuda.get_device_name()} does not multiply in "
                         "it: use --dtype=float32")
     return default if s.dtype == "auto" else s.dtype
@@ -268,8 +268,8 @@ def evaluate(model, dataset, groups, tokens, batch_size, dist, stop_signal):
         losses = model(x, y, reduction="none").double()  # [B * T], 0 where padded
         counted = (y != IGNORE_INDEX).flatten().double()
         group = groups[y.clamp(min=0)].flatten()  # padding is in some group, with loss and count 0
-        sums[0] += group.bincount(losses, num_groups)
-        sums[1] += group.bincount(counted, num_groups)
+        sums[0] += group.bincount(weights=losses, minlength=num_groups)
+        sums[1] += group.bincount(weights=counted, minlength=num_groups)
     losses, counts = dist.sum(sums)
     return (losses.sum() / counts.sum()).item(), int(counts.sum()), (losses / counts).tolist()
 
@@ -340,6 +340,13 @@ def train(s):
     def is_eval_due(step):
         return step == s.steps or (s.eval_every and step % s.eval_every == 0)
 
+    def is_save_due(step):
+        if step == s.steps:
+            return True
+        if s.save_every:
+            return step % s.save_every == 0
+        return step % s.log_every == 0 and run_dir.is_save_due()
+
     def run_eval(step):
         """Returns whether the run goes on."""
         result = evaluate(model, val_data, groups, s.eval_tokens, micro_batch, dist, stop_signal)
@@ -352,7 +359,8 @@ def train(s):
 
     def end(step):
         """Ends the run early, diverged or by a signal after this step. Returns the exit status."""
-        if not metrics.flush(step):
+        metrics.flush(step)
+        if metrics.diverged:
             return finish()
         run_dir.save(step, metrics.seconds, metrics.last_eval, model, optimizer)
         dist.print0(f"stopped by a signal after step {step}, saved in {s.out}: the same command "
@@ -393,12 +401,10 @@ def train(s):
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), s.grad_clip, grad_norm)
         optimizer.step()
         metrics.after_step(step, factor * s.lr, loss, grad_norm)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
         # log, save, evaluate, each every so many steps
-        to_log, to_eval = step % s.log_every == 0, is_eval_due(step)
-        to_save = step % s.save_every == 0 if s.save_every else to_log and run_dir.is_save_due()
-        to_save |= step == s.steps
+        to_log, to_eval, to_save = step % s.log_every == 0, is_eval_due(step), is_save_due(step)
         if to_log or to_eval or to_save:
             if not metrics.flush(step):
                 return end(step)

@@ -204,7 +204,7 @@ def bench_overhead(args):
         run_train(args, folder, ["--steps=100", "--compile=false"],
                   ["-m", "cProfile", "-o", f"{folder}/profile"])
         stats = pstats.Stats(f"{folder}/profile").sort_stats("cumulative")
-    stats.print_stats(rf"^train\.py|^{os.getcwd()}/(loader|optim|baselines|metrics|checkpoint)\.py", 25)
+    stats.print_stats(rf"^train\.py|^{os.getcwd()}/[a-z]+\.py", 25)
 
 
 def main():

@@ -91,8 +91,8 @@ def cost(args, target="paper", gpus=8, peak=989e12, mfu=0.4):
 def paper(args):
     """No search: clipped SGD as it was released, the others at our settings."""
     print(f"{cost(args, gpus=args.nproc)}\n\nThe model, batch, steps and the settings of clipped "
-          "SGD are the paper's at 130m, 350m and 1b; those of the other methods are ours, not tuned "
-          "at this scale.\n", file=sys.stderr if args.dry else sys.stdout, flush=True)
+          "SGD are the paper's at 130m, 350m and 1b; those of the other methods are ours, not "
+          "tuned at this scale.\n", file=sys.stderr if args.dry else sys.stdout, flush=True)
     steps = args.override.get("steps", SCALES[args.scale]["steps"])
     curve = {"eval_every": max(1, steps // 10), "keep": "weights", **args.override}
     found = {name: rerun_with_new_seeds(method(name, args, **curve), args) for name in NAMES}
