@@ -125,6 +125,20 @@ class StopSignal:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def replace(path, write):
+    """Replaces a file by what write(file) writes: a temporary file, synced, then renamed. Raises
+    UserError."""
+    tmp = path.with_name(path.name + ".tmp")
+    try:
+        with access("write", path), open(tmp, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+            os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
 def rank0(method):
     """Makes a method of RunDir run on rank 0 only. Every rank gets its result, and its UserError
     ends all of them."""
@@ -173,7 +187,7 @@ class RunDir:
             raise UserError(f"--out={self.path}: {e.strerror}: choose another") from None
         if not self.config.exists():
             config = json.dumps({"identity": self.identity, **about}, indent=1).encode()
-            self.replace(self.config, lambda f: f.write(config))
+            replace(self.config, lambda f: f.write(config))
 
     def check_identity(self, path, content):
         """Refuses a file that another run wrote."""
@@ -201,18 +215,6 @@ class RunDir:
         except OSError:  # a file system without locks
             pass
 
-    def replace(self, path, write):
-        """Replaces a file by what write(file) writes: a temporary file, synced, then renamed."""
-        tmp = path.with_name(path.name + ".tmp")
-        try:
-            with access("write", path), open(tmp, "wb") as f:
-                write(f)
-                f.flush()
-                os.fsync(f.fileno())
-                os.replace(tmp, path)
-        finally:
-            tmp.unlink(missing_ok=True)
-
     @rank0
     def append(self, lines):
         """Adds dicts as lines to metrics.jsonl."""
@@ -232,7 +234,7 @@ class RunDir:
         state = {"identity": self.identity, "step": step, "seconds": seconds,
                  "last_eval": last_eval, "metrics_bytes": metrics_bytes,
                  "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        self.replace(self.ckpt, lambda f: torch.save(state, f))
+        replace(self.ckpt, lambda f: torch.save(state, f))
         self.saved = time.monotonic()
 
     @rank0
@@ -243,7 +245,7 @@ class RunDir:
                 self.ckpt.unlink(missing_ok=True)
         elif keep == "weights":
             state = {"identity": self.identity, "model": model.state_dict()}
-            self.replace(self.ckpt, lambda f: torch.save(state, f))
+            replace(self.ckpt, lambda f: torch.save(state, f))
 
     def load(self, model, optimizer):
         """Restores ckpt.pt, if there is one, and cuts metrics.jsonl back to it. Returns the steps

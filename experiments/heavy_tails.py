@@ -11,7 +11,6 @@ results/toy/NAME.md, .json and .png. Images are in images.py.
 """
 import argparse
 import math
-import os
 import shlex
 import time
 from functools import cache, partial
@@ -22,9 +21,9 @@ import torch
 import torch.nn as nn
 from torch.optim import SGD, Adam
 
-from checkpoint import hardware
+from checkpoint import hardware, replace
 from experiments.sweep import LR_GRID, ExperimentResult, markdown_table, write_page
-from loader import UserError
+from loader import UserError, access
 from optim import ClippedSGD
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -127,10 +126,10 @@ def train(problem, name, step_size, steps, path=None):
 
 def save(path, net, optimizer, history):
     """A checkpoint of a run, whole or not at all."""
-    path.parent.mkdir(exist_ok=True)
     state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
-    torch.save(state, tmp := path.with_name(path.name + ".tmp"))
-    os.replace(tmp, path)
+    with access("write", path):
+        path.parent.mkdir(exist_ok=True)
+    replace(path, lambda f: torch.save(state, f))
     print(f"{path}: {len(history)} steps, {time.strftime('%H:%M:%S')}", flush=True)
 
 
@@ -447,17 +446,18 @@ def main(module="heavy_tails", about=__doc__, experiments=EXPERIMENTS, default="
         began = time.perf_counter()
         try:
             result = experiments[name](**given)
+            source = (f"{hardware(DEVICE)}; torch {torch.__version__}; "
+                      f"{time.strftime('%Y-%m-%d')}; {time.perf_counter() - began:.0f} s")
+            defaults = experiments[name].keywords
+            changed = {k: v for k, v in given.items() if v != defaults[k]}
+            words = ["python", "-m", f"experiments.{module}", name,
+                     *(f"--{k}={v}" for k, v in changed.items())]
+            stem = name + "".join(f"-{k}{Path(str(v)).name}" for k, v in changed.items()
+                                  if k != "data" or v.name != defaults[k].name)
+            write_page(Path("results", folder, stem), result, result.caption, source,
+                       shlex.join(words))
         except UserError as e:
             parser.exit(1, f"{name}: {e}\n")
-        source = (f"{hardware(DEVICE)}; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}; "
-                  f"{time.perf_counter() - began:.0f} s")
-        defaults = experiments[name].keywords
-        changed = {k: v for k, v in given.items() if v != defaults[k]}
-        words = ["python", "-m", f"experiments.{module}", name,
-                 *(f"--{k}={v}" for k, v in changed.items())]
-        stem = name + "".join(f"-{k}{Path(str(v)).name}" for k, v in changed.items()
-                              if k != "data" or v.name != defaults[k].name)
-        write_page(Path("results", folder, stem), result, result.caption, source, shlex.join(words))
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ from pathlib import Path
 import torch
 
 import train
-from checkpoint import CODE, Busy
-from loader import TokenDataset, UserError, fingerprint, read_meta
+from checkpoint import CODE, Busy, replace
+from loader import TokenDataset, UserError, access, fingerprint, read_meta
 
 TRAIN = Path(train.__file__)
 LR_GRID = tuple(float(f"{10 ** (k / 2):.3g}") for k in range(-12, 11))  # 1e-6 ... 1e5 by sqrt(10)
@@ -470,9 +470,8 @@ def save_results(name, args, result):
 
 def write_page(stem, result, caption, source, command, extra={}):
     """Print the table; write it with its caption to STEM.md, the rows and what is in `extra` to
-    STEM.json, the picture with its title to STEM.png."""
+    STEM.json, the picture with its title to STEM.png. Raises UserError."""
     from matplotlib.figure import Figure  # imported here: the searches do without it
-    stem.parent.mkdir(parents=True, exist_ok=True)
     rows, columns = result.panels
     # a page shows 9 inches at about 900 pixels, so that text of 10 points stays as large
     figure = Figure((7 if columns == 1 else 9, 1.5 + 3 * rows), layout="constrained")
@@ -485,12 +484,16 @@ def write_page(stem, result, caption, source, command, extra={}):
     if labels and not figure.legends and not any(axes.get_legend() for axes in figure.axes):
         figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=3)
     figure.suptitle(result.title)
-    figure.savefig(f"{stem}.png", dpi=150)
     page = f"{caption}\n\n{result.table}\n\n`{command}`; {source}\n"
-    Path(f"{stem}.md").write_text(page)
-    content = {"command": command, **extra, "rows": result.rows}
-    Path(f"{stem}.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    print(f"\n{page}\n{stem}.md, .json, .png")
+    content = json.dumps({"command": command, **extra, "rows": result.rows}, indent=1,
+                         allow_nan=False) + "\n"
+    print(f"\n{page}")
+    with access("write", stem):
+        stem.parent.mkdir(parents=True, exist_ok=True)
+    replace(Path(f"{stem}.png"), lambda f: figure.savefig(f, dpi=150))
+    replace(Path(f"{stem}.json"), lambda f: f.write(content.encode()))
+    replace(Path(f"{stem}.md"), lambda f: f.write(page.encode()))
+    print(f"{stem}.md, .json, .png")
 
 
 if __name__ == "__main__":

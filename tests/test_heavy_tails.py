@@ -198,6 +198,17 @@ def test_large_continues_from_its_checkpoints(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="1"):
         main(monkeypatch, "large", "--m=3", "--steps=61")
     assert capsys.readouterr().err.startswith(f"large: {path} is damaged")
+    Path("runs").rename("elsewhere")
+    Path("runs").touch()  # where the folder should be
+    with pytest.raises(SystemExit):
+        main(monkeypatch, "large", "--m=3", "--steps=30")
+    assert capsys.readouterr().err.startswith("large: could not write runs (File exists)")
+    Path("results").rename("pages")
+    Path("results").touch()
+    with pytest.raises(SystemExit):
+        main(monkeypatch, "quadratic", "--steps=10")
+    printed = capsys.readouterr()
+    assert printed.err.startswith("quadratic: could not write results") and "| " in printed.out
 
 
 @pytest.mark.parametrize("words, message", [
