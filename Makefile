@@ -17,7 +17,7 @@ help:  ## this list
 
 demo: $(READY)  ## Adam, SGD with momentum, clipped SGD: a table and a picture in five minutes
 
-gap: $(READY)  ## seven methods, each at its best settings: the gap to Adam, with intervals; two hours
+gap: $(READY)  ## seven methods, each at its best settings: the gap to Adam, with intervals; three hours
 
 lr: $(READY)  ## loss against learning rate, and the maximum stable learning rate; ten minutes
 
@@ -64,7 +64,7 @@ drill: .venv/installed  ## faults and damaged files: what survives, what is lost
 	$(PY) dev/drill.py
 	FUZZ_FILES=2000 $(PY) -m pytest -q -s tests/test_fuzz.py
 
-test: .venv/installed  ## the tests; five minutes
+test: .venv/installed  ## the tests; six minutes
 	@$(MAKE) --no-print-directory -j2 test-runs test-rest
 test-runs:
 	@$(PY) -m pytest -q --disable-warnings tests/test_train.py tests/test_sample.py
