@@ -4,8 +4,8 @@
     python -m experiments.length --scale=nano --lengths=0.4,2
 
 Every length is a run of its own, with its own schedule. Up to FULL tokens per parameter all
-settings of a method are searched, above its step size alone; the search begins at the best settings
-of the length before.
+settings of a method are searched, above its step size and those in LONG; the search begins at the
+best settings of the length before.
 """
 import argparse
 from statistics import fmean
@@ -20,6 +20,7 @@ from loader import UserError
 from model import Config
 
 NAMES = "Adam", "SGD with momentum", "clipped SGD", "clipped SGD, all rows", "SCALE"
+LONG = "beta1", "beta2", "momentum", "schedule_update_clip"  # searched at every length
 LENGTHS = 0.4, 2.0, 7.0, 20.0  # tokens per parameter; the paper's are 15 to 21
 FULL = 2.0  # up to here all settings are searched, and the best run at other seeds
 
@@ -41,7 +42,7 @@ def length(args):
     def along(name, args):
         found, start = {}, {}
         for n, shape in shapes.items():
-            only = None if n <= FULL else (step_size(name),)
+            only = None if n <= FULL else (step_size(name), *LONG)
             best, tried = search(name, args, only, **start, **shape)
             start = {axis: best.settings[axis] for axis in ("lr", *METHODS[name]["axes"])}
             runs = rerun_with_new_seeds(best, args, first=1) if n <= FULL else [best]
@@ -86,10 +87,10 @@ def length(args):
     return ExperimentResult(
         "The gap to Adam against the length of training", table, rows, all_runs,
         f"Up to {FULL:g} tokens per parameter every setting is searched, from the best of the "
-        "length before, and the best run at other seeds; above, the step size alone (of clipped "
-        "SGD the update clip, of others lr), at the search's seed. Mean and 95% interval "
-        "(Student's t) in the table, mean and range in the picture. "
-        f"{parameters:,} parameters.", draw, (1, 2))
+        "length before, and the best run at other seeds; above, at the search's seed, the step "
+        "size (of clipped SGD the update clip, of others lr), momentum or betas, and whether the "
+        "update clip of clipped SGD on all rows is scheduled. Mean and 95% interval (Student's t) "
+        f"in the table, mean and range in the picture. {parameters:,} parameters.", draw, (1, 2))
 
 
 def lengths(text):
