@@ -210,9 +210,10 @@ def start(run, nproc):
             reason = line.strip().replace("|", "/")  # it goes into a table
 
     seed = run.settings["seed"]
-    print(f"{number} {run.label}, {run.settings_text}, seed {seed}", flush=True)
+    head = f"{number} {run.label}, {run.settings_text}, seed {seed}\n"
     if run.epochs > 1:
-        print(f"   {number} READS ITS TEXT {run.epochs:.1f} TIMES", flush=True)
+        head += f"   {number} READS ITS TEXT {run.epochs:.1f} TIMES\n"
+    print(head, end="", flush=True)  # in one piece: other threads print, too
     status = execute(run, nproc, show)
     if status == Busy.status:  # another table runs it
         STOPPING.wait(timeout=5)
