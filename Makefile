@@ -66,11 +66,12 @@ drill: .venv/installed  ## faults and damaged files: what survives, what is lost
 
 test: .venv/installed  ## the tests; six minutes
 	@$(MAKE) --no-print-directory -j2 test-runs test-rest
+# two halves that take as long
+RUNS := tests/test_train.py tests/test_sample.py tests/test_model.py
 test-runs:
-	@$(PY) -m pytest -q --disable-warnings tests/test_train.py tests/test_sample.py
+	@$(PY) -m pytest -q --disable-warnings $(RUNS)
 test-rest:
-	@$(PY) -m pytest -q --disable-warnings --ignore=tests/test_train.py \
-		--ignore=tests/test_sample.py tests
+	@$(PY) -m pytest -q --disable-warnings $(addprefix --ignore=,$(RUNS)) tests
 
 data/python: .venv/installed  ## the embedded corpus: the source of Python's own standard library
 	$(PY) data/prepare.py python --out=$@
