@@ -135,7 +135,7 @@ def final_runs(name, args, only=None, **changes):
         tried += runs + more
 
 
-def search_rows(best, tried, runs, adam, adams, **more):
+def search_rows(tried, runs, adam, adams, **more):
     """The rows of a search and of its final runs for a page's JSON. adam and adams are Adam's best
     run and final runs; gaps are taken seed by seed."""
     rows = [run.row(other) | {"role": "seed"} for run, other in zip(runs, adams)]
@@ -274,7 +274,7 @@ def gap(args):
         for name in METHODS:
             best, tried, runs = found[name][block]
             all_runs += runs + tried
-            rows += search_rows(best, tried, runs, adam, adams, step_sizes=block)
+            rows += search_rows(tried, runs, adam, adams, step_sizes=block)
             grids = METHODS[name]["axes"] | (MULTIPLIERS if block == "by kind" else {})
             edges = [axis for axis, grid in grids.items() if len(grid) > 2
                      and best.settings[axis] in (grid[0], grid[-1])]

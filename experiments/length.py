@@ -58,7 +58,7 @@ def length(args):
         for name in NAMES:
             best, tried, runs = found[name][n]
             all_runs += tried + runs
-            rows += search_rows(best, tried, runs, adam, adams, tokens_per_parameter=n)
+            rows += search_rows(tried, runs, adam, adams, tokens_per_parameter=n)
             lines.append((f"{n:g}", str(best.settings["steps"]), name, best.settings_text,
                           *gap_cells(runs, adams), str(len(runs)), str(len(tried))))
     table = markdown_table(("tokens per parameter", "steps", "method", "best settings", *GAP_HEAD,

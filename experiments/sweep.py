@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import threading
-import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -301,8 +300,9 @@ def coordinate_search(make, axes, args, together=()):
         for direction in directions:
             while True:
                 here = {name: best.settings[name] for name in axes}
-                moves = [{name: (next_above if way == sign else next_below)(axes[name], here[name])
-                          for name, sign in direction.items()} for way in (-1, 1)]
+                moves = [
+                    {name: (next_above if sign * way > 0 else next_below)(axes[name], here[name])
+                     for name, sign in direction.items()} for way in (-1, 1)]
                 near = [make(**{**here, **move}) for move in moves if None not in move.values()]
                 tried += run_all(near, args)
                 lowest = min(near, key=lambda run: run.loss, default=best)
