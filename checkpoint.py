@@ -290,8 +290,8 @@ def hardware(device="cpu"):
     return f"{name[1] if name else platform.machine()}, {threads} thread{plural}"
 
 
-def describe(settings, dist):
-    """What config.json says of a run beside its identity: enough to repeat it."""
+def git_commit():
+    """The commit of the code, with "-dirty" if it was edited since, or "unknown"."""
     def git(*words):
         return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True)
     try:
@@ -300,8 +300,13 @@ def describe(settings, dist):
             commit += "-dirty"  # new pages do not count
     except OSError:  # no git here
         commit = ""
+    return commit or "unknown"
+
+
+def describe(settings, dist):
+    """What config.json says of a run beside its identity: enough to repeat it."""
     return {"settings": asdict(settings), "device": hardware(dist.device), "world_size": dist.size,
-            "threads": torch.get_num_threads(), "git_commit": commit or "unknown",
+            "threads": torch.get_num_threads(), "git_commit": git_commit(),
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__}}

@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 from torch.optim import SGD, Adam
 
-from checkpoint import hardware, replace
+from checkpoint import git_commit, hardware, replace
 from experiments.sweep import LR_GRID, ExperimentResult, markdown_table, write_page
 from loader import UserError, access
 from optim import ClippedSGD
@@ -442,12 +442,14 @@ def main(module="heavy_tails", about=__doc__, experiments=EXPERIMENTS, default="
         if without := [name for name in names if key not in experiments[name].keywords]:
             parser.error(f"--{key} does nothing for {', '.join(without)}")
     torch.set_flush_denormal(True)  # probabilities below 1e-38 are slow, and nothing here
+    commit = git_commit()
     for name in names:
         began = time.perf_counter()
         try:
             result = experiments[name](**given)
             source = (f"{hardware(DEVICE)}; torch {torch.__version__}; "
-                      f"{time.strftime('%Y-%m-%d')}; {time.perf_counter() - began:.0f} s")
+                      f"{time.strftime('%Y-%m-%d')}; commit {commit}; "
+                      f"{time.perf_counter() - began:.0f} s")
             defaults = experiments[name].keywords
             changed = {k: v for k, v in given.items() if v != defaults[k]}
             words = ["python", "-m", f"experiments.{module}", name,
