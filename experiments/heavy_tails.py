@@ -98,7 +98,8 @@ def take_step(problem, name, optimizer):
 
 def descend(problem, name, optimizer):
     """Yield the loss of each sample [n], nats, before each step, until the run diverges: its mean
-    exceeds twice the loss of a uniform guess."""
+    exceeds twice the loss of a uniform guess. (Some runs would go on to 0: linear softmax
+    regression with more inputs than samples is solved at almost any step size.)"""
     while (losses := problem.backward()[0]).mean() < 2 * math.log(len(problem.group)):
         yield losses
         take_step(problem, name, optimizer)
@@ -200,9 +201,10 @@ def frequency_page(title, caption, runs, groups, shown, step_sizes):
                      "decrease of the rarest": (1 - by_group[-1, -1] / by_group[0, -1]).item()})
         if name in shown:
             panels[f"{name}, step size {step_size:.3g}"] = by_group
-    caption += (f" One run of {len(losses) - 1} full-batch steps per row, at {step_sizes}. Runs "
-                "that oscillate amplify rounding errors: their numbers change with the processor "
-                "and the number of threads.")
+    caption += (f" One run of {len(losses) - 1} full-batch steps per row, at {step_sizes}. A loss "
+                "above twice that of a uniform guess counts as diverged. Runs that oscillate "
+                "amplify rounding errors: their numbers change with the processor and the number "
+                "of threads.")
     return line_page(title, caption, rows, panels, groups, (len(panels) // 3, 3),
                      ylabel="loss (nats)", ylim=(0, 1.3 * by_group[0].max().item()))
 
