@@ -144,7 +144,7 @@ class ViT(nn.Module):
 
 # ---- MNIST ----
 
-def read_mnist(folder, bits=4):
+def read_mnist(folder, bits=3):
     """Images uint8 [n, 28, 28], labels uint8 [n] and "test" or "training": of the test set up to 7
     bits, of the training set beyond or if it alone is there. Its files are gzip'd IDX."""
     folder, parts = Path(folder), {"t10k": "test", "train": "training"}
@@ -418,12 +418,12 @@ def vit_page(patch, width, depth, size, **settings):
 # in batches of 128, SGD with momentum and Adam both have ResNet18 know every image in 20 epochs
 FOLDER = {"data": Path("data/omniglot"), "classes": 242, "most": 242, "size": 32, "seed": 0}
 EXPERIMENTS = {
-    "mnist": partial(mnist, bits=4, steps=200, data=Path("data/mnist")),
+    "mnist": partial(mnist, bits=3, steps=200, data=Path("data/mnist")),
     "resnet18": partial(resnet18_page, **FOLDER, epochs=15, batch=512, width=32),
     "vit": partial(vit_page, **FOLDER, epochs=30, batch=128, patch=8, width=128, depth=4)}
 SETTINGS = {
     "data": {"type": Path, "help": "folder [data/mnist, data/omniglot]"},
-    "bits": {"type": int, "choices": range(1, 11), "help": "of barcodes [4]"},
+    "bits": {"type": int, "choices": range(1, 11), "help": "of barcodes [3]"},
     "steps": {"type": positive, "help": "full-batch steps [200]"},
     "classes": {"type": positive, "help": "[242]"},
     "most": {"type": positive, "help": "images of the most frequent class [242]"},
