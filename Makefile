@@ -51,7 +51,7 @@ spikes: $(READY)  ## Spike No More's variants over learning rates: loss and spik
 toy: .venv/installed  ## softmax and quadratic models with rare classes; two minutes
 	$(PY) -m experiments.heavy_tails
 
-images: .venv/installed data/mnist data/omniglot  ## rare classes in images: a CNN, ResNet18 and ViT; 1.5 hours
+images: .venv/installed data/mnist data/omniglot  ## rare classes in images: a CNN, ResNet18 and ViT; 1.2 hours
 	$(PY) -m experiments.images
 
 report: .venv/installed  ## RESULTS.md from results/; seconds
