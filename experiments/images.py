@@ -1,7 +1,7 @@
 r"""Heavy-tailed class imbalance in images (Kunstner et al. 2024, arXiv 2402.19449).
 
     python -m experiments.images                # all three: an hour and a quarter on two cores
-    # the papers' sizes, for a GPU, not run here: 10 bits; ResNet18 and ViT-S/16 on ImageNet
+    # for a GPU, not run here: the paper's 10 bits; ResNet18 and ViT-S/16 on ImageNet
     python -m experiments.images mnist --bits=10 --steps=300
     python -m experiments.images resnet18 --data=ILSVRC/train --classes=1000 --most=1300 \
         --size=224 --epochs=90 --width=64
