@@ -15,7 +15,7 @@ help:  ## this list
 	@echo "at a scale beyond nano, TARGET=of which cost tells, PYTHON=interpreter."
 	@awk -F ':.*## ' '/^[a-z\/]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(READY)  ## Adam, SGD with momentum, clipped SGD: a table and a picture in five minutes
+demo: $(READY)  ## Adam, SGD with momentum and two clipped SGDs: a table and a picture in five minutes
 
 gap: $(READY)  ## seven methods, each at its best settings: the gap to Adam, with intervals; three hours
 

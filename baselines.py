@@ -8,10 +8,10 @@ from optim import ClippedSGD
 class SCALE(torch.optim.Optimizer):
     """Normalized SGD with momentum on the output layer alone (arXiv 2506.16659): each row of a
     matrix's gradient, and each column of the embedding's, is divided by its RMS; the gains of the
-    norms, in groups whose `normalize` is None, take Adam with betas 0.9 and 0.999.
+    norms are trained by Adam with betas 0.9 and 0.999.
 
-    Every group has the options normalize, the dimension along which the RMS is taken, and momentum,
-    the decay of the average that is normalized in the gradient's place, 0 for none."""
+    Options of a group: normalize, the dimension along which the RMS is taken, or None for Adam; and
+    momentum: above 0, not the gradient but its average, with this decay, is normalized."""
 
     def __init__(self, params, lr):
         super().__init__(params, dict(lr=lr, momentum=0.0, normalize=1))

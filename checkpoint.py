@@ -159,13 +159,12 @@ class RunDir:
         self.config = self.path / "config.json"
         self.metrics = self.path / "metrics.jsonl"
         self.ckpt = self.path / "ckpt.pt"
-        self.lock_file, self.saved = None, time.monotonic()
+        self.saved = time.monotonic()
 
     @rank0
-    def acquire(self, about, before=lambda: None):
+    def acquire(self, about):
         """Creates and locks the folder, or checks that it holds this run. config.json gets the dict
-        `about`. Returns the final line of metrics.jsonl if the run is finished, else None. before()
-        is called when the folder is free, but not yet there if it is new."""
+        `about`. Returns the final line of metrics.jsonl if the run is finished, else None."""
         try:
             if self.config.exists():
                 self.check_identity(self.config, json.loads(self.config.read_text()))
@@ -174,12 +173,8 @@ class RunDir:
                 raise UserError(f"--out={self.path} holds other files and no run: choose another")
             if final := self.final_line():
                 return final
-            if self.path.exists():
-                self.lock()
-            before()
-            if not self.lock_file:
-                self.path.mkdir(parents=True, exist_ok=True)
-                self.lock()
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock()
         except ValueError:
             raise UserError(f"{self.config} is broken, or not of a run of train.py: choose another "
                             "--out") from None
@@ -279,7 +274,7 @@ class RunDir:
         return progress
 
 
-def hardware(device="cpu"):
+def hardware(device):
     """The name of a GPU, or of the processor and how many of its threads PyTorch uses."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name()

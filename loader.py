@@ -11,7 +11,6 @@ import hashlib
 import json
 import re
 from contextlib import contextmanager, suppress
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -179,10 +178,10 @@ class TokenDataset:
         window = np.zeros((len(indices), T + 1), dtype="<u2")
         shard_of = np.searchsorted(self.starts, indices, side="right") - 1
         starts = (indices - self.starts[shard_of]) * T
-        for k, rows in groupby(shard_of.argsort(), shard_of.item):  # a file at a time is open
+        for k in np.unique(shard_of):  # a file at a time is open
             path = self.paths[k]
             with access("read", path), suppress(FileNotFoundError), open(path, "rb") as f:
-                for i in rows:
+                for i in np.flatnonzero(shard_of == k):
                     f.seek(4 * HEADER + 2 * starts[i])
                     f.readinto(window[i, :T + self.lookahead])
             if file_state(path) != self.states[k]:

@@ -71,12 +71,12 @@ class Metrics:
         self.last_eval = None, None
         self.diagnostics = Diagnostics(model)
         self.tokens_per_step = s.batch_size * dataset.seq_len  # padding included, as in the paper
-        self.max_loss = 2 * math.log(dataset.vocab_size)  # twice that of a uniform guess: diverged
+        self.max_loss = 2 * math.log(dataset.vocab_size)
         self.wandb = None
 
     def start_wandb(self):
-        """Called before the run's folder is claimed, on rank 0. Raises UserError."""
-        if not self.s.wandb:
+        """On rank 0, if the settings ask for it. Raises UserError."""
+        if not self.s.wandb or self.dist.rank > 0:
             return
         name = f"{Path(self.s.out).resolve()} {self.run_dir.identity}"
         try:
@@ -108,9 +108,11 @@ class Metrics:
         self.pending.append((lr, loss, {"grad_norm": grad_norm, **self.extra}))
 
     def flush(self, step):
-        """Writes the lines up to `step` and stops the clock. Returns whether the run goes on."""
+        """Writes the lines up to `step`, or to the one where the run diverged, and stops the clock.
+        A run has diverged when the loss of a batch exceeds twice that of a uniform guess over the
+        vocabulary, or a loss or a gradient norm is not finite."""
         if not self.pending:
-            return not self.diverged
+            return
         losses = self.dist.sum(torch.stack([loss for _, loss, _ in self.pending])).tolist()
         seconds = time.perf_counter() - self.started
         self.seconds += seconds
@@ -130,10 +132,9 @@ class Metrics:
             left = (self.s.steps - self.step) * self.tokens_per_step / tok_per_s
             self.print_step(f"loss {loss:.4f}  lr {lr:<8.3g}  grad norm {values['grad_norm']:<8.2g}"
                             f"  {tok_per_s:,.0f} tok/s  {timedelta(seconds=int(left))} left")
-        return not self.diverged
 
     def log_eval(self, step, val_loss, num_targets, group_losses):
-        """An evaluation. Returns whether the run goes on."""
+        """An evaluation. A loss that is not finite is a divergence, too."""
         line = {"step": step, "val_loss": val_loss, "val_tokens": num_targets}
         if len(group_losses) > 1:
             line["group_losses"] = group_losses
@@ -141,7 +142,6 @@ class Metrics:
         self.write([line])
         self.print_step(f"validation loss {val_loss:.4f}")
         self.last_eval, self.diverged = (step, val_loss), not math.isfinite(val_loss)
-        return not self.diverged
 
     def finish(self):
         """The last line: status "done" or "diverged"."""

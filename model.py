@@ -140,16 +140,10 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.hidden, eps=1e-6)
 
-    @torch.compiler.disable
-    def embed(self, tokens):
-        """Not compiled: on a CPU the compiled backward adds atomically, in an order that changes
-        from run to run, and a resumed run would no longer be exact."""
-        return self.embed_tokens(tokens)
-
     def forward(self, tokens):
         """tokens [B, T] -> the last hidden states, [B, T, hidden]."""
         config = self.config
-        x = self.embed(tokens)
+        x = self.embed_tokens(tokens)
         if config.embedding == "detach":  # a tenth of the gradient passes
             x = 0.1 * x + 0.9 * x.detach()
         elif config.embedding == "norm":
@@ -178,6 +172,13 @@ class LLaMA(nn.Module):
                 if config.embedding == "large" and isinstance(module, nn.Embedding):
                     std *= config.hidden**0.5  # as if by "scale", but at the start alone (ours)
                 nn.init.normal_(module.weight, std=std)
+
+    def compile(self, **options):
+        """nn.Module's, which leaves out the embedding: on a CPU its compiled backward adds
+        atomically, in an order that changes from run to run: a resumed run would not be exact."""
+        embedding = self.model.embed_tokens
+        embedding.forward = torch.compiler.disable(embedding.forward)
+        super().compile(**options)
 
     def forward(self, tokens, targets=None, reduction="sum"):
         """Logits [B, T, vocab_size] of tokens [B, T], or with targets [B, T] the cross-entropy in

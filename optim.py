@@ -45,7 +45,7 @@ def _multi_tensor(params, grads, momenta, lr, momentum, token_clip, update_clip)
     step_sizes, row_factors = [], []
     if momentum:
         torch._foreach_lerp_(momenta, grads, 1 - momentum)
-    if token_clip is not None or update_clip is not None:
+    if token_clip is not None or update_clip is not None:  # a tensor's norm is that of its rows'
         row_norms = [_norm(m, dim=-1, keepdim=True) for m in momenta]
     if token_clip is not None:
         row_factors = [(token_clip / norm).clamp_(max=1.0) for norm in row_norms]
@@ -55,12 +55,12 @@ def _multi_tensor(params, grads, momenta, lr, momentum, token_clip, update_clip)
         step_sizes = [(update_clip * m.numel() ** 0.5 / norm).clamp(max=lr)
                       for m, norm in zip(momenta, norms)]
 
-    factors = step_sizes
+    factors = step_sizes  # of each tensor, or of each of its rows
     if token_clip is not None:
         factors = torch._foreach_mul(row_factors, step_sizes or lr)
     if factors:
         torch._foreach_addcmul_(params, momenta, factors, value=-1)
-    elif isinstance(lr, torch.Tensor):  # alpha would be read on the host
+    elif isinstance(lr, torch.Tensor):  # alpha=-lr would wait for the GPU
         torch._foreach_sub_(params, torch._foreach_mul(momenta, lr))
     else:
         torch._foreach_add_(params, momenta, alpha=-lr)
@@ -100,8 +100,8 @@ class ClippedSGD(torch.optim.Optimizer):
 
     def add_param_group(self, param_group):
         super().add_param_group(param_group)  # fills in the defaults
-        group = self.param_groups.pop()  # a bad group is not kept
-        if getattr(group["lr"], "ndim", 0) or not group["lr"] >= 0:
+        group = self.param_groups.pop()  # checked, then put back
+        if getattr(group["lr"], "ndim", 0) or not group["lr"] >= 0:  # nan is refused, too
             raise ValueError(f"lr must be one number, at least 0, not {group['lr']}")
         if not 0 <= group["momentum"] < 1:
             raise ValueError(f"momentum must be in [0, 1), not {group['momentum']}")

@@ -18,7 +18,7 @@ from pathlib import Path
 import sentencepiece
 import tiktoken
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from loader import UserError, fingerprint, read_meta
@@ -107,9 +107,6 @@ def generate(model, ids, count, seq_len, temperature=1.0, top_k=None, stop=None,
 
 # ---- Hugging Face's LLaMA format -----------------------------------------------------------------
 
-FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-         "tokenizer.model", "sentencepiece.model"}  # that export() writes
-METADATA = {"format": "pt", "exported_by": "sample.py"}  # of model.safetensors
 # keys of config.json that say nothing of what the model computes
 BOOKKEEPING = ("_name_or_path architectures bos_token_id dtype eos_token_id initializer_range "
                "max_position_embeddings pad_token_id torch_dtype transformers_version "
@@ -128,7 +125,7 @@ def architecture(c):
 
 def export(model, folder, seq_len, tokenizer):
     """Writes a folder with config.json, model.safetensors (fp32) and the tokenizer, whole or not at
-    all. Raises UserError if LLaMA has no such model, or the folder is not an older export."""
+    all. Raises UserError if LLaMA has no such model, or the folder is not empty."""
     c = model.config
     if c.embedding == "norm":
         raise UserError("--export: LLaMA has no norm after the embedding (--embedding=norm)")
@@ -143,19 +140,15 @@ def export(model, folder, seq_len, tokenizer):
         "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}, indent=1).encode()
     folder = folder.resolve()
     try:
-        names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-        if names and not ("model.safetensors" in names <= FILES and METADATA
-                          == safe_open(folder / "model.safetensors", "pt").metadata()):
-            raise UserError(f"--export={folder} holds other files: choose another folder")
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"--export={folder} is not empty: choose another folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=folder.parent) as temporary:
             new = Path(temporary, "new")
             new.mkdir()
-            save_file(weights, new / "model.safetensors", METADATA)
+            save_file(weights, new / "model.safetensors", {"format": "pt"})
             for name, content in files.items():
                 (new / name).write_bytes(content)
-            if folder.exists():
-                folder.rename(Path(temporary, "old"))
             new.rename(folder)
     except (OSError, SafetensorError) as e:
         raise unusable(f"--export={folder}", e, "make room, or choose another folder") from None

@@ -48,7 +48,7 @@ class Settings:
     out: str = setting("", "folder of this run; an unfinished run in it is continued")
     data: str = setting("data/python", "data directory, or a folder of llm.c's shards")
     model: str = setting("nano", "micro, nano, mini, 60m, 130m, 350m or 1b")
-    embedding: str | None = setting(None, "its variant (model.py): detach, norm, scale or large")
+    embedding: str | None = setting(None, "variant of the embedding: detach, norm, scale, large")
     init: str | None = setting(None, "small: initial weights of Takase et al.; none: N(0, 0.02)")
     init_from: str | None = setting(None, "start from this folder in Hugging Face's LLaMA format")
     seed: int = setting(42, "random seed of the initial weights and the data order")
@@ -107,7 +107,7 @@ MAY_CHANGE = ("out", "data", "micro_batch", "log_every", "diag_every", "save_eve
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(5)  # if rank 0 says the same, torchrun ends this process before
+            time.sleep(5)  # let rank 0 speak: when it exits, torchrun ends this process
         print(f"train.py: {message}; --help lists the settings", file=sys.stderr)
         sys.exit(2)
 
@@ -233,12 +233,16 @@ def default_micro_batch(sequences, device):
 
 
 def open_data(s):
-    """The training batches and the validation set. Reads the first of each, as a check."""
+    """The training batches, the validation set, and the group by frequency of each token class,
+    int64 [vocab]: one group if the counts are not known. Reads the first batches, as a check."""
     sampler = BatchSampler(TokenDataset(s.data, "train"), s.batch_size, s.seed)
     val_data = TokenDataset(s.data, "val")
     sampler(0)
     next(eval_batches(val_data, tokens=1, batch_size=1))
-    return sampler, val_data
+    groups = torch.zeros(val_data.vocab_size, dtype=torch.long)
+    if (counts := token_counts(s.data, val_data.vocab_size)) is not None:
+        groups = frequency_groups(counts)
+    return sampler, val_data, groups
 
 
 def next_batch(sampler, step, dist):
@@ -282,12 +286,8 @@ def train(s):
     s.dtype = dist.rank0_first(choose_dtype, s, device)  # it is part of the run's identity
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bfloat16")
 
-    # data, and groups of token classes by frequency (one group if that is not known)
-    sampler, val_data = dist.rank0_first(open_data, s)
-    counts = dist.rank0_first(token_counts, s.data, val_data.vocab_size)
-    groups = torch.zeros(val_data.vocab_size, dtype=torch.long)
-    if counts is not None:
-        groups = frequency_groups(counts)
+    # data
+    sampler, val_data, groups = dist.rank0_first(open_data, s)
     groups = groups.to(device)
     micro_batch = s.micro_batch or default_micro_batch(s.batch_size // dist.size, device)
 
@@ -310,10 +310,11 @@ def train(s):
     optimizer = build_optimizer(s.optimizer, model, s.lr, **options)
 
     # the run's folder: refuse another run's, leave a finished one alone, else continue
-    metrics = Metrics(s, run_dir, val_data, model, optimizer)
-    if final := run_dir.acquire(describe(s, dist), metrics.start_wandb):
+    if final := run_dir.acquire(describe(s, dist)):
         dist.print0(f"{s.out} is finished: {final['status']}, validation loss {final['val_loss']}")
         return 0
+    metrics = Metrics(s, run_dir, val_data, model, optimizer)
+    dist.rank0_first(metrics.start_wandb)
     metrics.step, metrics.seconds, metrics.last_eval = run_dir.load(model, optimizer)
     start = metrics.step
 
@@ -347,18 +348,14 @@ def train(s):
             return step % s.save_every == 0
         return step % s.log_every == 0 and run_dir.is_save_due()
 
-    def run_eval(step):
-        """Returns whether the run goes on."""
-        result = evaluate(model, val_data, groups, s.eval_tokens, micro_batch, dist, stop_signal)
-        return result is not None and metrics.log_eval(step, *result)
-
     def finish():
+        """The end of a run that is done or diverged. Returns the exit status."""
         metrics.finish()
         run_dir.discard(s.keep, model)
         return 0
 
-    def end(step):
-        """Ends the run early, diverged or by a signal after this step. Returns the exit status."""
+    def stop(step):
+        """Saves after this step, since a signal came. Returns the exit status."""
         metrics.flush(step)
         if metrics.diverged:
             return finish()
@@ -367,13 +364,23 @@ def train(s):
                     "goes on from here")
         return 128 + (stop_signal.number or signal.SIGTERM)  # it may have come to another rank
 
+    def run_eval(step):
+        """Returns the exit status if the run ends here, else None."""
+        result = evaluate(model, val_data, groups, s.eval_tokens, micro_batch, dist, stop_signal)
+        if result is None:
+            return stop(step)
+        metrics.log_eval(step, *result)
+        return finish() if metrics.diverged else None
+
     # a checkpoint may be older than the evaluation of its step: then that comes first
     stop_signal = StopSignal()
-    if is_eval_due(start) and metrics.last_eval[0] != start and not run_eval(start):
-        return end(start)
+    if is_eval_due(start) and metrics.last_eval[0] != start:
+        if (status := run_eval(start)) is not None:
+            return status
     metrics.start_clock()
     for step in range(start + 1, s.steps + 1):
-        # set the learning rate, and with --schedule_update_clip the update clip
+        # set the learning rate, and with --schedule_update_clip the update clip: group["peak"],
+        # which build_optimizer made, has the options that are scheduled
         factor = schedule(s, step)
         for group in optimizer.param_groups:
             group.update({name: factor * peak for name, peak in group["peak"].items()})
@@ -385,7 +392,7 @@ def train(s):
         loss = torch.zeros((), device=device)
         for i in range(0, len(inputs), micro_batch):
             if dist.any_rank(stop_signal.number is not None):
-                return end(step - 1)  # the weights are still those of that step
+                return stop(step - 1)  # the weights are still those of that step
             # DDP exchanges gradients in the last micro-batch only
             ddp_model.require_backward_grad_sync = i + micro_batch >= len(inputs)
             x, y = inputs[i:i + micro_batch], targets[i:i + micro_batch]
@@ -406,12 +413,13 @@ def train(s):
         # log, save, evaluate, each every so many steps
         to_log, to_eval, to_save = step % s.log_every == 0, is_eval_due(step), is_save_due(step)
         if to_log or to_eval or to_save:
-            if not metrics.flush(step):
-                return end(step)
+            metrics.flush(step)
+            if metrics.diverged:
+                return finish()
             if to_save:
                 run_dir.save(step, metrics.seconds, metrics.last_eval, model, optimizer)
-            if to_eval and not run_eval(step):
-                return end(step)
+            if to_eval and (status := run_eval(step)) is not None:
+                return status
             metrics.start_clock()
     return finish()
 

@@ -306,16 +306,16 @@ def prepare(args):
     # A directory with the same settings is finished, one with other data is left alone.
     meta_path, model_path = args.out / "meta.json", args.out / "tokenizer.model"
     try:
-        old = dict(json.loads(meta_path.read_text()))
-        python, files = old["settings"].get("python"), old["settings"].get("train_shards")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        old, python, files = {}, None, None  # none, or not ours
-    same = old.get("settings") == settings
-    ours = same or (files and old["settings"] == {**settings, "train_shards": files}
-                    and set(files) < set(args.train_shards))
-    if old.get("complete") and (same or old["settings"] == {**settings, "python": python}):
-        print(f"{args.out} is ready" + (": nothing to do" if same else "; its text is the library "
-              f"of Python {python}, this is {settings['python']}"))
+        old = json.loads(meta_path.read_text())
+        before = dict(old["settings"])
+    except (OSError, ValueError, TypeError, KeyError):
+        old, before = {}, {}  # none, or not ours
+    differ = {k for k in {*settings, *before} if settings.get(k) != before.get(k)}
+    extends = differ == {"train_shards"} and set(before["train_shards"]) < set(args.train_shards)
+    ours = before and (not differ or extends)
+    if old.get("complete") and differ <= {"python"}:
+        print(f"{args.out} is ready" + ("; its text is the library of Python "
+              f"{before['python']}, this is {settings['python']}" if differ else ": nothing to do"))
         return
     begun = any(args.out.glob("*.bin"))
     if not ours and (begun or (model_path.exists() and not old)):

@@ -90,7 +90,7 @@ METHODS = {
         "start": {"optimizer": "scale", "lr": 1e-3, "momentum": 0.9},
         "axes": {"momentum": MOMENTA}},
 }
-# Step sizes by kind of tensor, in steps of 2; start: where most methods were best in an earlier
+# Separate learning rates: multipliers in steps of 2; start: where most methods were best in an earlier
 # search, of the multipliers alone.
 FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 MULTIPLIERS = dict.fromkeys(("embedding_mult", "lm_head_mult", "matrix_mult"), FACTORS)
@@ -108,7 +108,7 @@ def method(name, args, **changes):
                 **args.override, **changes}
     settings |= {name: settings[other] for name, other in spec.get("tied", {}).items()
                  if settings[other] is not None}
-    return Run(name, settings, ("lr", *spec["axes"], *MULTIPLIERS))
+    return Run(name, settings, ("lr", *spec["axes"], *spec.get("tied", ()), *MULTIPLIERS))
 
 
 def search(name, args, only=None, below=math.inf, **changes):
@@ -249,8 +249,8 @@ def demo(args):
          for run, row in zip(runs, rows)])
     return ExperimentResult(
         "Adam, SGD and clipped SGD side by side", table, rows, runs,
-        f"The first seed of four methods of {page.with_suffix('.md')}, with one step size for all "
-        "tensors, each at its best settings.",
+        f"The first seed of four methods of {page.with_suffix('.md')}, with one learning rate for "
+        "all tensors, each at its best settings.",
         lambda axes: plot_losses(axes, {run.label: [run] for run in runs}))
 
 
@@ -259,23 +259,23 @@ def gap(args):
         if name in args.override:
             raise UserError(f"the search is over this: drop --{name}")
 
-    def both(name, args):
-        common = final_runs(name, args)
-        start = {**common[0].settings, **MULTIPLIER_START}
+    def both(name):
+        one = final_runs(name, args)
+        start = {**one[0].settings, **MULTIPLIER_START}
         axes = *MULTIPLIERS, "lr", *METHODS[name]["axes"]
-        return {"common": common, "by kind": final_runs(name, args, axes, **start)}
-    found = dict(zip(METHODS, concurrently(both, METHODS, args)))
+        return {"one": one, "separate": final_runs(name, args, axes, **start)}
+    found = concurrently(both, METHODS, args)
     if args.dry:
         return None
     vocab_size = read_meta(args.data)["vocab_size"]
     rows, lines, all_runs = [], [], []
-    for block in ("common", "by kind"):
+    for block in ("one", "separate"):
         adam, _, adams = found["Adam"][block]
         for name in METHODS:
             best, tried, runs = found[name][block]
             all_runs += runs + tried
-            rows += search_rows(tried, runs, adam, adams, step_sizes=block)
-            grids = METHODS[name]["axes"] | (MULTIPLIERS if block == "by kind" else {})
+            rows += search_rows(tried, runs, adam, adams, learning_rates=block)
+            grids = METHODS[name]["axes"] | (MULTIPLIERS if block == "separate" else {})
             edges = [axis for axis, grid in grids.items() if len(grid) > 2
                      and best.settings[axis] in (grid[0], grid[-1])]
             edge = f" (the grid's edge: {', '.join(edges)})" if edges else ""
@@ -283,12 +283,12 @@ def gap(args):
                           *clip_shares(runs[0]), f"{state_bytes(best.settings, vocab_size):.3g}",
                           str(sum(run.settings["seed"] == SEED for run in tried))))
     table = markdown_table(
-        ("step sizes", "method", "best settings", *GAP_HEAD, "tensors clipped", "rows clipped",
+        ("learning rates", "method", "best settings", *GAP_HEAD, "tensors clipped", "rows clipped",
          "state, bytes per parameter", "runs of the search"), lines)
 
     def draw(panels):
-        titles = {"common": "one step size for all tensors",
-                  "by kind": "step sizes by kind of tensor"}
+        titles = {"one": "one learning rate for all tensors",
+                  "separate": "embedding, lm_head and other matrices apart"}
         for axes, (block, title) in zip(panels, titles.items()):
             plot_losses(axes, {name: blocks[block][-1] for name, blocks in found.items()})
             axes.sharey(panels[0])
@@ -297,11 +297,12 @@ def gap(args):
     return ExperimentResult(
         "Each method at its best settings", table, rows, all_runs,
         f"Each method at the best settings that a search found at seed {SEED}, run at other seeds; "
-        "where one of these diverged, the search went on below that learning rate. Step sizes by "
-        "kind: a second search, over multipliers of the steps of the embedding, lm_head and the "
-        "other matrices and over all that the first one did, from where that ended. Mean and 95% "
-        "interval (Student's t); gaps are taken seed by seed, to Adam with the same kind of step "
-        "sizes; shares clipped are of the first seed.", draw, (1, 2))
+        "where one of these diverged, the search went on below that learning rate. Separate "
+        "learning rates: a second search, from where the first ended, over the same settings and "
+        "over multipliers of the learning rate (for clipped SGD also of the update clip) of the "
+        "embedding, lm_head and the other matrices. Mean and 95% interval (Student's t); gaps are "
+        "taken seed by seed, one learning rate to one, separate to separate; shares clipped are of "
+        "the first seed.", draw, (1, 2))
 
 
 def lr(args):
@@ -343,8 +344,8 @@ def ablation(args):
         options[f"{clipped} rows"] = "clipped SGD, all rows", {**clips, **changes}
         options[f"{clipped} rows, scheduled"] = "clipped SGD, all rows", {
             **clips, **changes, "update_clip": 1.58e-3, "schedule_update_clip": True}
-    found = dict(zip(options, concurrently(
-        lambda key, args: search(options[key][0], args, **options[key][1]), options, args)))
+    found = concurrently(lambda key: search(options[key][0], args, **options[key][1]),
+                         options, args)
     searched += sum([tried for _, tried in found.values()], [])
     best_adam = found["Adam"][0]
 
@@ -404,14 +405,14 @@ BATCH_AXES = ("lr", "update_clip")  # what is searched at each batch size
 def batch(args):
     names, shapes = ("Adam", "SGD", "SGD with momentum", "clipped SGD"), batch_sizes(args)
 
-    def at_each_size(name, args):
+    def at_each_size(name):
         found, start = [], {}
         for shape in shapes:  # from the best at the batch size before
             found.append(search(name, args, BATCH_AXES, **shape, **start))
             start = {axis: found[-1][0].settings[axis] for axis in BATCH_AXES
                      if axis in found[-1][0].settings}
         return found
-    found = dict(zip(names, concurrently(at_each_size, names, args)))
+    found = concurrently(at_each_size, names, args)
     best = {name: [run for run, _ in found[name]] for name in names}
     rows, lines, runs = [], [], []
     for i, shape in enumerate(shapes):
@@ -442,8 +443,8 @@ def dynamics(args):
     small, _, large, _ = batch_sizes(args)  # the largest has too few steps
     shapes = {"small batch": small, "large batch": large}
     keys = [(name, size) for size in shapes for name in ("Adam", "clipped SGD")]
-    found = dict(zip(keys, concurrently(
-        lambda key, args: search(key[0], args, BATCH_AXES, **shapes[key[1]]), keys, args)))
+    found = concurrently(lambda key: search(key[0], args, BATCH_AXES, **shapes[key[1]]),
+                         keys, args)
     quantities = {"grad_norm": "gradient norm", "weight_to_gradient": "weight-to-gradient ratio",
                   "effective_lr": "effective learning rate", "imbalance": "token-class imbalance"}
     rows, lines = [], []
@@ -485,8 +486,8 @@ def thresholds(args):
     found = [search("clipped SGD", args, axes, **base)]
     centre = found[0][0]
     base |= {axis: centre.settings[axis] for axis in axes}
-    found += concurrently(lambda changes, args: search(
-        "clipped SGD", args, axes, **{**base, **changes}), points, args)
+    found += concurrently(lambda i: search("clipped SGD", args, axes, **{**base, **points[i]}),
+                          range(len(points)), args).values()
 
     rows, lines = [], []
     for best, tried in found:
@@ -525,10 +526,10 @@ def frequency(args):
     if not args.dry and not Path(args.data, "token_counts.npy").exists():
         raise UserError(f"{args.data}/token_counts.npy is missing: restore it, or prepare the data "
                         "again with data/prepare.py into another folder")
-    final = {name: runs for name, (*_, runs)
-             in zip(names, concurrently(final_runs, names, args))}
+    found = concurrently(lambda name: final_runs(name, args), names, args)
     if args.dry:
         return None
+    final = {name: runs for name, (_, _, runs) in found.items()}
     counts = token_counts(args.data, read_meta(args.data)["vocab_size"])
     rows, losses = [], {}
     for name, runs in final.items():

@@ -10,9 +10,7 @@ so that a slow minute of the machine hits all of it; a ratio is taken within a r
 import functools
 import importlib.util
 import os
-import pstats
 import resource
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -156,61 +154,25 @@ def bench_optimizer(args):
             args.rounds, measurements, [next(iter(measurements))])
 
 
-def run_train(args, folder, settings, options=()):
-    """Seconds of a run of train.py in a new folder; the options are Python's."""
-    words = [*options, "train.py", f"--data={args.data}", f"--model={args.model}",
-             f"--out={tempfile.mkdtemp(dir=folder)}", *settings]
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
-    began = time.perf_counter()
-    run = subprocess.run([sys.executable, *words], env=environment, stdout=subprocess.DEVNULL)
-    if run.returncode:
-        sys.exit(run.returncode)  # train.py has said why
-    return time.perf_counter() - began
-
-
 def bench_start(args):
+    """Seconds of a run of one step, first with an empty compile cache."""
     with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
         for cache in ("empty", *args.rounds * ["filled"]):
-            took = run_train(args, folder, ["--steps=1"])
-            print(f"\ntrain.py --steps=1, {cache} compile cache: {took:.1f} s", flush=True)
-
-
-def bench_table(args):
-    """The whole table `lr` with runs of ten steps, and its commands one after the other."""
-    words = ["-m", "experiments.adam_sgd_gap", "lr", f"--data={os.path.abspath(args.data)}",
-             "--jobs=1", f"--model={args.model}", "--steps=10", "--eval_tokens=10000"]
-    with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1",
-                       "TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
-
-        def python(words):
-            return subprocess.run([sys.executable, *words], cwd=folder, env=environment, check=True,
-                                  text=True, stdout=subprocess.PIPE).stdout
-        commands = [shlex.split(line)[1:] for line in python([*words, "--dry"]).splitlines()]
-        python(commands[0][:-1] + ["--out=warm"])  # fills the compile cache
-        began = time.perf_counter()
-        for command in commands:
-            python([*command[:-1], command[-1] + "-alone"])
-        alone = time.perf_counter() - began
-        python(words)
-        table = time.perf_counter() - began - alone
-    print(f"\ntable of {len(commands)} runs of ten steps: {table:.0f} s, {table / alone:.2f} x the "
-          f"{alone:.0f} s of its commands one by one", flush=True)
-
-
-def bench_overhead(args):
-    """What train.py does beside the steps of the model: Python's profile of a run."""
-    with tempfile.TemporaryDirectory() as folder:
-        run_train(args, folder, ["--steps=100", "--compile=false"],
-                  ["-m", "cProfile", "-o", f"{folder}/profile"])
-        stats = pstats.Stats(f"{folder}/profile").sort_stats("cumulative")
-    stats.print_stats(rf"^train\.py|^{os.getcwd()}/[a-z]+\.py", 25)
+            words = ["train.py", f"--data={args.data}", f"--model={args.model}", "--steps=1",
+                     f"--out={tempfile.mkdtemp(dir=folder)}"]
+            began = time.perf_counter()
+            run = subprocess.run([sys.executable, *words], env=environment,
+                                 stdout=subprocess.DEVNULL)
+            if run.returncode:
+                sys.exit(run.returncode)  # train.py has said why
+            print(f"\ntrain.py --steps=1, {cache} compile cache: "
+                  f"{time.perf_counter() - began:.1f} s", flush=True)
 
 
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parts = {"train": bench_train, "optimizer": bench_optimizer, "start": bench_start,
-             "table": bench_table, "overhead": bench_overhead}
+    parts = {"train": bench_train, "optimizer": bench_optimizer, "start": bench_start}
     parser.add_argument("part", nargs="*", choices=parts, default=parts)
     parser.add_argument("--model", choices=SIZES, default="nano")
     parser.add_argument("--batch", type=int, help="sequences of a training step, even")

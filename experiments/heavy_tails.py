@@ -191,24 +191,6 @@ def line_page(title, caption, rows, panels, columns, shape, **settings):
     return page(title, caption, rows, draw, shape)
 
 
-def frequency_page(title, caption, runs, groups, shown, step_sizes):
-    """The page of runs {name: what tune() returns} with the losses of groups {label: index},
-    frequent to rare. The picture has a panel for each of the three or six runs in `shown`."""
-    rows, panels = [], {}
-    for name, (step_size, losses, by_group) in runs.items():
-        rows.append({"method": name, "step size": step_size, "loss": losses[-1].item(),
-                     **{label: by_group[-1, i].item() for label, i in groups.items()},
-                     "decrease of the rarest": (1 - by_group[-1, -1] / by_group[0, -1]).item()})
-        if name in shown:
-            panels[f"{name}, step size {step_size:.3g}"] = by_group
-    caption += (f" One run of {len(losses) - 1} full-batch steps per row, at {step_sizes}. A loss "
-                "above twice that of a uniform guess counts as diverged. Runs that oscillate "
-                "amplify rounding errors: their numbers change with the processor and the number "
-                "of threads.")
-    return line_page(title, caption, rows, panels, groups, (len(panels) // 3, 3),
-                     ylabel="loss (nats)", ylim=(0, 1.3 * by_group[0].max().item()))
-
-
 # ---- problems with known solutions ----
 
 def frequencies(c):
@@ -303,11 +285,24 @@ def solve(name, m, steps, weighting=0.0):
 
 def softmax_page(title, caption, m, runs, shown,
                  step_sizes="the best step size of a grid in factors of sqrt(10)"):
-    caption = (f"Linear softmax regression, 2^i classes of 2^(m-i) samples for i = 0 ... m-1, "
-               f"m = {m}. {caption}")
+    """The page of runs {name: what tune() returns}; the picture has a panel for each of the three
+    or six in `shown`."""
     groups = {f"most frequent class, {2**m} samples": 0, "4 samples per class": m - 2,
               "rarest group, 2 samples per class": m - 1}
-    return frequency_page(title, caption, runs, groups, shown, step_sizes)
+    rows, panels = [], {}
+    for name, (step_size, losses, by_group) in runs.items():
+        rows.append({"method": name, "step size": step_size, "loss": losses[-1].item(),
+                     **{label: by_group[-1, i].item() for label, i in groups.items()},
+                     "decrease of the rarest": (1 - by_group[-1, -1] / by_group[0, -1]).item()})
+        if name in shown:
+            panels[f"{name}, step size {step_size:.3g}"] = by_group
+    caption = (
+        f"Linear softmax regression, 2^i classes of 2^(m-i) samples for i = 0 ... m-1, m = {m}. "
+        f"{caption} One run of {len(losses) - 1} full-batch steps per row, at {step_sizes}. A loss "
+        "above twice that of a uniform guess counts as diverged. Runs that oscillate amplify "
+        "rounding errors: their numbers change with the processor and the number of threads.")
+    return line_page(title, caption, rows, panels, groups, (len(panels) // 3, 3),
+                     ylabel="loss (nats)", ylim=(0, 1.3 * by_group[0].max().item()))
 
 
 def softmax(m, steps):

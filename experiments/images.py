@@ -104,27 +104,10 @@ def resnet18(classes, width=64):
     return net
 
 
-class ViTBlock(nn.Module):
-    """Pre-norm attention with heads of 64, then a pre-norm MLP, each with a residual connection."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(),
-                                 nn.Linear(4 * width, width))
-
-    def forward(self, x):  # [n, patches, width]
-        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, -1, 64)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v)  # [n, heads, patches, 64]
-        x = x + self.proj(y.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm2(x))
-
-
 class ViT(nn.Module):
     """The simple ViT of Beyer et al. 2022 (arXiv 2205.01580): the mean over the patches in place of
-    a class token, and fixed sine and cosine positions of rows and columns. At the sizes of ViT-S/16
-    (224, 16, 384, 12) with 1,000 classes it has 21,974,632 parameters."""
+    a class token, and fixed sine and cosine positions of rows and columns. Heads have 64 numbers.
+    At the sizes of ViT-S/16 (224, 16, 384, 12) with 1,000 classes it has 21,974,632 parameters."""
 
     def __init__(self, classes, size, patch, width, depth):
         super().__init__()
@@ -134,7 +117,9 @@ class ViT(nn.Module):
         wave = torch.cat([angle.sin(), angle.cos()], dim=1)  # [side, width / 2]
         rows, columns = wave.repeat_interleave(side, dim=0), wave.repeat(side, 1)
         self.register_buffer("position", torch.cat([rows, columns], dim=1))
-        self.blocks = nn.Sequential(*(ViTBlock(width) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(nn.TransformerEncoderLayer(
+            width, width // 64, 4 * width, dropout=0, activation="gelu", batch_first=True,
+            norm_first=True) for _ in range(depth)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
 
     def forward(self, x):

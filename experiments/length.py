@@ -39,7 +39,7 @@ def length(args):
     shapes = {n: resized(s, args, s["batch_size"], round(n * parameters / per_step))
               for n in args.lengths}
 
-    def along(name, args):
+    def along(name):
         found, start = {}, {}
         for n, shape in shapes.items():
             only = None if n <= FULL else (step_size(name), *LONG)
@@ -48,7 +48,7 @@ def length(args):
             runs = rerun_with_new_seeds(best, args, first=1) if n <= FULL else [best]
             found[n] = best, tried, run_all(runs, args)
         return found
-    found = dict(zip(NAMES, concurrently(along, NAMES, args)))
+    found = concurrently(along, NAMES, args)
     if args.dry:
         return None
 

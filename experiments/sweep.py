@@ -6,7 +6,6 @@ continue where they stopped. A run takes one thread, so that its numbers do not 
 run at a time.
 """
 import ast
-import gc
 import hashlib
 import itertools
 import json
@@ -18,10 +17,9 @@ import statistics
 import subprocess
 import sys
 import threading
-import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -138,27 +136,8 @@ class Run:
 
 STARTED, FAILED = {}, {}  # folder -> its Future; folder -> why it failed (it is not started again)
 PROCESSES, STOPPING = [], threading.Event()  # those of runs; set when they are to stop
-NUMBERS, WORKERS = itertools.count(1), itertools.count(1)
-ENDED = "run ended with exit status "
+NUMBERS, GPUS = itertools.count(1), itertools.count()
 thread = threading.local()
-
-
-def work():
-    """In a worker process: runs of train.py, the words of one per line of stdin. So torch starts
-    once, and the compiled model serves every run of its shapes."""
-    torch._dynamo.config.recompile_limit = 64  # shapes; beyond, PyTorch would run eagerly
-    for line in sys.stdin:
-        try:
-            status = train.main(shlex.split(line))
-        except SystemExit as e:
-            status = e.code
-        except Exception:
-            traceback.print_exc()
-            status = 1
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until the next run has its own handlers
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        gc.collect()
-        print(f"{ENDED}{status}", flush=True)
 
 
 def launcher(nproc):
@@ -168,32 +147,22 @@ def launcher(nproc):
 
 
 def execute(run, nproc, show):
-    """Run it in this thread's worker process, or with several processes under torchrun; show(line)
-    its output. Returns the exit status."""
-    process = getattr(thread, "worker", None)
-    if process is None or process.poll() is not None:
-        words = ["-m", "experiments.sweep"] if nproc == 1 else [*launcher(nproc), *run.words]
-        env = {**os.environ, "OMP_NUM_THREADS": str(THREADS),
-               "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "270"}  # seconds to save in
+    """Run it, and show(line) its output. Returns the exit status."""
+    env = {**os.environ, "OMP_NUM_THREADS": str(THREADS),
+           "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "270"}  # seconds to save in
+    if nproc == 1:  # a GPU for each thread of the pool
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES",
                               ",".join(map(str, range(torch.cuda.device_count())))).split(",")
-        if nproc == 1:  # a GPU for each thread of the pool
-            thread.number = getattr(thread, "number", None) or next(WORKERS)
-            env["CUDA_VISIBLE_DEVICES"] = gpus[thread.number % len(gpus)]
-        process = subprocess.Popen([sys.executable, *words], env=env, text=True,
-                                   stdin=subprocess.PIPE if nproc == 1 else None,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        PROCESSES.append(process)
-    if nproc == 1:
-        thread.worker = process
-        print(shlex.join(run.words), file=process.stdin, flush=True)
+        thread.gpu = getattr(thread, "gpu", None) or gpus[next(GPUS) % len(gpus)]
+        env["CUDA_VISIBLE_DEVICES"] = thread.gpu
+    process = subprocess.Popen([sys.executable, *launcher(nproc), *run.words], env=env, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    PROCESSES.append(process)
     if STOPPING.is_set():
         process.terminate()
     for line in process.stdout:
-        if line.startswith(ENDED):
-            return int(line.removeprefix(ENDED))
         show(line)
-    return process.wait()  # it has ended by itself
+    return process.wait()
 
 
 def start(run, nproc):
@@ -234,12 +203,14 @@ def run_all(runs, args):
     """Run in args.pool what has not run yet, or with args.dry print the commands. A failed run
     stops nothing."""
     todo = {run.out: run for run in runs if not run.read() and run.out not in FAILED}
-    for out, run in todo.items():
-        if args.dry:
+    if args.dry:
+        for run in todo.values():
             print(shlex.join(["python", *launcher(args.nproc), *run.words]))
-        elif out not in STARTED:
+        return runs
+    for out, run in todo.items():
+        if out not in STARTED:
             STARTED[out] = args.pool.submit(start, run, args.nproc)
-    for out, run in () if args.dry else todo.items():
+    for out, run in todo.items():
         while STARTED[out].result() == Busy.status:  # wait for it, behind those that nobody runs
             STARTED[out] = args.pool.submit(start, run, args.nproc)
     if STOPPING.is_set():
@@ -250,12 +221,11 @@ def run_all(runs, args):
 
 
 def concurrently(function, items, args):
-    """[function(item, args) for item in items], in threads: while one waits for a run, the others
-    start theirs."""
+    """{item: function(item)}, in threads: while one waits for a run, the others start theirs."""
     if args.dry:
-        return [function(item, args) for item in items]
+        return {item: function(item) for item in items}
     with ThreadPoolExecutor(len(items)) as threads:
-        return list(threads.map(partial(function, args=args), items))
+        return dict(zip(items, threads.map(function, items)))
 
 
 def finished(runs):
@@ -282,13 +252,23 @@ def stable_start(make, args):
     return tried
 
 
+def neighbour(settings, direction, axes, way):
+    """The settings on the axes one step further, up (way 1) or down (-1), along a direction,
+    {setting: 1 or -1}; None at the end of a grid."""
+    moved = {name: settings[name] for name in axes}
+    for name, sign in direction.items():
+        step = next_above if sign * way > 0 else next_below
+        moved[name] = step(axes[name], moved[name])
+    return None if None in moved.values() else moved
+
+
 def coordinate_search(make, axes, args, together=()):
     """From the first stable learning rate move along one axis after the other, to the next value
     below or above while that is better, round and round until no neighbour is. Failed runs are
     passed over.
 
     axes is {setting: grid of values}. Those of a dict in `together`, {setting: 1 or -1}, are also
-    moved at once, up or down, since the best may lie on a diagonal. Returns the best run and all.
+    moved at once, since the best may lie on a diagonal. Returns the best run and all.
     """
     axes = {name: grid for name, grid in axes.items() if name not in args.override}
     directions = [{name: 1} for name in axes]
@@ -299,12 +279,9 @@ def coordinate_search(make, axes, args, together=()):
         improved = False
         for direction in directions:
             while True:
-                here = {name: best.settings[name] for name in axes}
-                moves = [
-                    {name: (next_above if sign * way > 0 else next_below)(axes[name], here[name])
-                     for name, sign in direction.items()} for way in (-1, 1)]
-                near = [make(**{**here, **move}) for move in moves if None not in move.values()]
-                tried += run_all(near, args)
+                moves = [neighbour(best.settings, direction, axes, way) for way in (-1, 1)]
+                near = run_all([make(**move) for move in moves if move], args)
+                tried += near
                 lowest = min(near, key=lambda run: run.loss, default=best)
                 if lowest.loss >= best.loss:
                     break
@@ -495,7 +472,3 @@ def write_page(stem, result, caption, source, command, extra={}):
     replace(Path(f"{stem}.json"), lambda f: f.write(content.encode()))
     replace(Path(f"{stem}.md"), lambda f: f.write(page.encode()))
     print(f"{stem}.md, .json, .png")
-
-
-if __name__ == "__main__":
-    work()
