@@ -34,7 +34,7 @@ frequency: $(READY)  ## the loss of frequent and rare tokens along training; sha
 demo gap lr ablation batch dynamics thresholds frequency:
 	$(PY) -m experiments.adam_sgd_gap $@ $(OPTIONS)
 
-length: .venv/installed $(if $(DRY),,data/packages)  ## the gap against tokens per parameter, up to 20; SCALE=micro: six hours
+length: .venv/installed $(if $(DRY),,data/packages)  ## the gap against tokens per parameter, up to 20; SCALE=micro: five hours
 	$(PY) -m experiments.length $(OPTIONS)
 length: DATA = data/packages
 
