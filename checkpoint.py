@@ -159,12 +159,13 @@ class RunDir:
         self.config = self.path / "config.json"
         self.metrics = self.path / "metrics.jsonl"
         self.ckpt = self.path / "ckpt.pt"
-        self.saved = time.monotonic()
+        self.lock_file, self.saved = None, time.monotonic()
 
     @rank0
-    def acquire(self, about):
+    def acquire(self, about, before=lambda: None):
         """Creates and locks the folder, or checks that it holds this run. config.json gets the dict
-        `about`. Returns the final line of metrics.jsonl if the run is finished, else None."""
+        `about`. Returns the final line of metrics.jsonl if the run is finished, else None. before()
+        is called when the folder is free, but not yet there if it is new."""
         try:
             if self.config.exists():
                 self.check_identity(self.config, json.loads(self.config.read_text()))
@@ -173,8 +174,12 @@ class RunDir:
                 raise UserError(f"--out={self.path} holds other files and no run: choose another")
             if final := self.final_line():
                 return final
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.lock()
+            if self.path.exists():
+                self.lock()
+            before()
+            if not self.lock_file:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.lock()
         except ValueError:
             raise UserError(f"{self.config} is broken, or not of a run of train.py: choose another "
                             "--out") from None

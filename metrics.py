@@ -75,8 +75,8 @@ class Metrics:
         self.wandb = None
 
     def start_wandb(self):
-        """On rank 0, if the settings ask for it. Raises UserError."""
-        if not self.s.wandb or self.dist.rank > 0:
+        """Called before the run's folder is claimed, on rank 0. Raises UserError."""
+        if not self.s.wandb:
             return
         name = f"{Path(self.s.out).resolve()} {self.run_dir.identity}"
         try:

@@ -310,11 +310,10 @@ def train(s):
     optimizer = build_optimizer(s.optimizer, model, s.lr, **options)
 
     # the run's folder: refuse another run's, leave a finished one alone, else continue
-    if final := run_dir.acquire(describe(s, dist)):
+    metrics = Metrics(s, run_dir, val_data, model, optimizer)
+    if final := run_dir.acquire(describe(s, dist), metrics.start_wandb):
         dist.print0(f"{s.out} is finished: {final['status']}, validation loss {final['val_loss']}")
         return 0
-    metrics = Metrics(s, run_dir, val_data, model, optimizer)
-    dist.rank0_first(metrics.start_wandb)
     metrics.step, metrics.seconds, metrics.last_eval = run_dir.load(model, optimizer)
     start = metrics.step
 

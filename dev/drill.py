@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from conftest import documents, launch, prepare, result, same_end, settings, wait_for, write_jsonl
 
+
 def start(out, data, **options):
     words = settings(out=out, data=data, steps=30, eval_every=10, save_every=1, log_every=1)
     return launch(*words, **options)

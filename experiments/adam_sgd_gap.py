@@ -90,8 +90,8 @@ METHODS = {
         "start": {"optimizer": "scale", "lr": 1e-3, "momentum": 0.9},
         "axes": {"momentum": MOMENTA}},
 }
-# Separate learning rates: multipliers in steps of 2; start: where most methods were best in an earlier
-# search, of the multipliers alone.
+# Separate learning rates: multipliers in steps of 2; start: where most methods were best in an
+# earlier search, of the multipliers alone.
 FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 MULTIPLIERS = dict.fromkeys(("embedding_mult", "lm_head_mult", "matrix_mult"), FACTORS)
 MULTIPLIER_START = {"embedding_mult": 16.0, "lm_head_mult": 4.0, "matrix_mult": 1.0}

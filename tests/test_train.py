@@ -171,7 +171,7 @@ def init(**words):
     assert all(step == x["step"] for step, x in lines)
 
 
-def test_a_run_whose_wandb_does_not_start_can_go_on_without(stream, tmp_path, capsys, monkeypatch):
+def test_a_wandb_that_does_not_start_claims_no_folder(stream, tmp_path, capsys, monkeypatch):
     (tmp_path / "wandb.py").write_text("""def init(**words):
     raise ConnectionError("no API key configured:\\n  run wandb login")
 """)
@@ -179,7 +179,7 @@ def test_a_run_whose_wandb_does_not_start_can_go_on_without(stream, tmp_path, ca
     monkeypatch.syspath_prepend(tmp_path)
     words = dict(data=stream, out=tmp_path / "run", wandb="p")
     refuse(capsys, "--wandb=p", "no API key configured: run", "`wandb login`", "WANDB_MODE=offline", **words)
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run").exists()
     here(**{**words, "wandb": "none"})
     here(**words)  # a finished run needs none
     monkeypatch.delitem(sys.modules, "wandb")
