@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 import zipfile
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -125,10 +126,10 @@ class StopSignal:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def replace(path, write):
-    """Replaces a file by what write(file) writes: a temporary file, synced, then renamed. Raises
-    UserError."""
-    tmp = path.with_name(path.name + ".tmp")
+def replace(path, write, suffix=".tmp"):
+    """Replaces a file by what write(file) writes: a temporary file of that suffix, synced, then
+    renamed. Raises UserError."""
+    tmp = path.with_name(path.name + suffix)
     try:
         with access("write", path), open(tmp, "wb") as f:
             write(f)
@@ -136,7 +137,8 @@ def replace(path, write):
             os.fsync(f.fileno())
             os.replace(tmp, path)
     finally:
-        tmp.unlink(missing_ok=True)
+        with suppress(OSError):
+            tmp.unlink()
 
 
 def rank0(method):
@@ -176,6 +178,8 @@ class RunDir:
                 return final
             if self.path.exists():
                 self.lock()
+                if final := self.final_line():  # by another process, just now
+                    return final
             before()
             if not self.lock_file:
                 self.path.mkdir(parents=True, exist_ok=True)

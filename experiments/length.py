@@ -10,7 +10,7 @@ best settings of the length before.
 import argparse
 from statistics import fmean
 
-from experiments.adam_sgd_gap import (
+from experiments.methods import (
     GAP_HEAD, METHODS, gap_cells, main, method, resized, search, search_rows)
 from experiments.paper import data_shape
 from experiments.sweep import (

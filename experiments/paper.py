@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from experiments.adam_sgd_gap import (
-    EXPERIMENTS, NAMES, SCALES, main, method, overrides, plot_losses, state_bytes)
+from experiments.adam_sgd_gap import EXPERIMENTS
 from experiments.bench import PEAK_FLOPS
+from experiments.methods import (
+    NAMES, SCALES, main, method, overrides, plot_losses, state_bytes)
 from experiments.sweep import (
     ExperimentResult, fmt, gap_to, interval_text, markdown_table, outcomes, rerun_with_new_seeds,
     run_all)

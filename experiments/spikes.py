@@ -4,7 +4,7 @@ steps.
 
     python -m experiments.spikes     # options as in adam_sgd_gap.py
 """
-from experiments.adam_sgd_gap import lr_grid, main, method, plot_by_lr, resized, stable_lr
+from experiments.methods import lr_grid, main, method, plot_by_lr, resized, stable_lr_text
 from experiments.sweep import (
     LR_GRID, STYLES, ExperimentResult, finished, markdown_table, next_below, outcomes,
     rerun_with_new_seeds, run_all)
@@ -59,7 +59,7 @@ def spikes(args):
         if runs:
             at_seeds = (f"{runs[0].lr:g}", outcomes(runs),
                         ", ".join(str(len(run.spikes)) for run in runs))
-        lines.append((name, variant, "; ".join(by_lr), stable_lr(grid), *at_seeds))
+        lines.append((name, variant, "; ".join(by_lr), stable_lr_text(grid), *at_seeds))
     table = markdown_table(
         ("method", "variant", "validation loss (spikes) by learning rate",
          "maximum stable learning rate", "best", "loss at other seeds", "spikes at them"), lines)

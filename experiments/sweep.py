@@ -237,11 +237,11 @@ def finished(runs):
 
 def next_below(grid, value):
     """The next value of a grid below one that need not be on it, or None."""
-    return max((x for x in grid if x < 0.99 * value), default=None)
+    return max((x for x in grid if x < value), default=None)
 
 
 def next_above(grid, value):
-    return min((x for x in grid if x > 1.01 * value), default=None)
+    return min((x for x in grid if x > value), default=None)
 
 
 def stable_start(make, args):
@@ -468,7 +468,8 @@ def write_page(stem, result, caption, source, command, extra={}):
     print(f"\n{page}")
     with access("write", stem):
         stem.parent.mkdir(parents=True, exist_ok=True)
-    replace(Path(f"{stem}.png"), lambda f: figure.savefig(f, dpi=150))
-    replace(Path(f"{stem}.json"), lambda f: f.write(content.encode()))
-    replace(Path(f"{stem}.md"), lambda f: f.write(page.encode()))
+    own = f".{os.getpid()}.tmp"  # two processes may share a table and write its page
+    replace(Path(f"{stem}.png"), lambda f: figure.savefig(f, dpi=150), own)
+    replace(Path(f"{stem}.json"), lambda f: f.write(content.encode()), own)
+    replace(Path(f"{stem}.md"), lambda f: f.write(page.encode()), own)
     print(f"{stem}.md, .json, .png")

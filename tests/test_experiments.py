@@ -16,7 +16,7 @@ import torch
 
 from baselines import build_optimizer
 from conftest import ROOT, TINY, experiment, metrics, one_line, python, settings
-from experiments import adam_sgd_gap, length, spikes
+from experiments import adam_sgd_gap, length, methods, spikes
 from experiments.sweep import (
     FAILED, LR_GRID, Run, interval_text, mark_diverged, mean_interval, next_above, next_below,
     plot_seeds, spike_steps, start)
@@ -28,11 +28,11 @@ def main(*words):
     module = words[0] if words[0] in ("spikes", "length") else "adam_sgd_gap"
     sys.argv = [f"{module}.py", *words]
     if module == "spikes":
-        adam_sgd_gap.main({"spikes": spikes.spikes})
+        methods.main({"spikes": spikes.spikes})
     elif module == "length":
-        adam_sgd_gap.main({"length": length.length}, lengths=(length.lengths, length.LENGTHS))
+        methods.main({"length": length.length}, lengths=(length.lengths, length.LENGTHS))
     else:
-        adam_sgd_gap.main(adam_sgd_gap.EXPERIMENTS)
+        methods.main(adam_sgd_gap.EXPERIMENTS)
 
 
 # ---- real runs ----
@@ -256,6 +256,10 @@ def test_neighbours_of_a_value_on_the_grid_and_off_it():
     assert next_below((1, 3, 10), 5) == 3 and next_above((1, 3, 10), 5) == 10
     assert next_above((1, 3, 10), 10) is None and next_below((1, 3), 1) is None
     assert next_below(LR_GRID, 100.0) == 31.6 and next_above(LR_GRID, 100.0) == 316.0
+    for spec in methods.METHODS.values():  # also 0.99 to 0.999
+        for grid in (LR_GRID, methods.FACTORS, *spec["axes"].values()):
+            for low, high in zip(grid, grid[1:]):
+                assert next_above(grid, low) == high and next_below(grid, high) == low
     assert len(LR_GRID) == 23 and LR_GRID[0] == 1e-6 and LR_GRID[-1] == 1e5
 
 
@@ -505,9 +509,9 @@ def test_cost(tmp_path):
         assert f"in rows | {files}," in out and "| runs of paper, stated settings, one seed | 4" in out
 
 
-@pytest.mark.parametrize("name", adam_sgd_gap.METHODS)
+@pytest.mark.parametrize("name", methods.METHODS)
 def test_the_optimizer_state_is_as_large_as_the_tables_say(name):
-    spec, model = adam_sgd_gap.METHODS[name], LLaMA(Config.named("micro", 2000))
+    spec, model = methods.METHODS[name], LLaMA(Config.named("micro", 2000))
     settings = {"model": "micro", **spec["start"]}
     options = {k: v for k, v in spec["start"].items() if k not in ("optimizer", "grad_clip")}
     optimizer = build_optimizer(settings["optimizer"], model, **options)
@@ -517,7 +521,7 @@ def test_the_optimizer_state_is_as_large_as_the_tables_say(name):
     tensors = [x for state in optimizer.state.values() for x in state.values()
                if isinstance(x, torch.Tensor) and x.dim()]
     size = sum(x.numel() * x.element_size() for x in tensors)
-    expected = adam_sgd_gap.state_bytes(settings, 2000) * model.config.parameters
+    expected = methods.state_bytes(settings, 2000) * model.config.parameters
     assert size == pytest.approx(expected, rel=0.01)
 
 

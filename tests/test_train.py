@@ -544,6 +544,17 @@ def unfinished(whole, out):
     return RunDir(out, json.loads((out / "config.json").read_text())["identity"], Dist("cpu")), model, build_optimizer("clipped_sgd", model, 100.0)
 
 
+def test_a_run_that_another_process_finishes_meanwhile_is_left_alone(whole, tmp_path):
+    run_dir, _, _ = unfinished(whole, tmp_path / "run")
+
+    class Late(RunDir):
+        def lock(self):  # the other process's last line, before it lets go of the folder
+            shutil.copy(whole / "metrics.jsonl", self.metrics)
+            super().lock()
+    final = Late(run_dir.path, run_dir.identity, run_dir.dist).acquire({})
+    assert final["status"] == "done" and run_dir.metrics.read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
 def test_a_good_checkpoint_that_cannot_be_read_is_not_called_damaged(whole, stream, tmp_path, capsys):
     run_dir, model, optimizer = unfinished(whole, tmp_path / "run")
     size = int(re.search(r"VmSize:\s+(\d+)", open("/proc/self/status").read())[1]) * 1024

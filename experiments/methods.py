@@ -1,0 +1,288 @@
+"""What the experiments on language models share: the methods that are compared, with their settings
+and searches; cells and curves of the pages; the command line.
+"""
+import argparse
+import ast
+import math
+import shlex
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from experiments.sweep import (
+    LR_GRID, STYLES, Run, coordinate_search, finished, fmt, gap_to, interval_text, mark_diverged,
+    next_below, outcomes, plot_seeds, rerun_with_new_seeds, run_all, save_results, stop_all)
+from loader import UserError
+from model import Config
+
+SEED = 42  # of searches; final runs have others
+
+# Batch and steps of 130m, 350m and 1b are the paper's; the others are ours.
+SMALL = ("micro", "nano")  # the scales whose searches take a CPU hours
+SCALES = {
+    "micro": {"model": "micro", "batch_size": 32, "steps": 200},
+    "nano": {"model": "nano", "batch_size": 32, "steps": 200},
+    "60m": {"model": "60m", "batch_size": 2048, "steps": 2500},
+    "130m": {"model": "130m", "batch_size": 2048, "steps": 5000},
+    "350m": {"model": "350m", "batch_size": 2048, "steps": 15000},
+    "1b": {"model": "1b", "batch_size": 4096, "steps": 19125},
+}
+LARGE = {"eval_tokens": 10_000_000, "micro_batch": 32}  # at other scales
+NAMES = ("Adam", "SGD with momentum", "clipped SGD", "clipped SGD, all rows")  # of demo and paper
+CURVE = 4  # evaluations along a run whose validation loss is drawn over the steps
+
+# start     where a search begins
+# at        what differs at a scale: the best of an earlier search at nano, and so at micro; the
+#           paper's values for clipped SGD beyond
+# axes      what is searched beside lr; step sizes and clips in steps of sqrt(10) for every method
+# together  what is also moved at once, and in which directions
+# tied      a setting that is always as large as another
+MOMENTA = (0.5, 0.8, 0.9, 0.95, 0.98)
+GRAD_CLIPS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+UPDATE_CLIPS = (1.58e-5, 5e-5, 1.58e-4, 5e-4, 1.58e-3, 5e-3, 1.58e-2)
+ROW_CLIPS = (3.16e-6, 1e-5, 3.16e-5, 1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2)
+METHODS = {
+    "Adam": {
+        "start": {"optimizer": "adamw", "lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0},
+        "at": {"nano": {"lr": 3.16e-3, "beta1": 0.8, "beta2": 0.99, "grad_clip": 0.3}},
+        "axes": {"beta1": MOMENTA, "beta2": (0.8, 0.9, 0.95, 0.99, 0.999),
+                 "grad_clip": GRAD_CLIPS}},
+    "SGD": {"start": {"optimizer": "sgd", "momentum": 0, "lr": 0.316}, "axes": {}},
+    "SGD with momentum": {
+        "start": {"optimizer": "sgd", "lr": 1.0, "momentum": 0.9},
+        "at": {"nano": {"momentum": 0.8}},
+        "axes": {"momentum": MOMENTA}},
+    "SGD, global norm clipped": {  # where the clip binds, lr x grad_clip is the length of a step
+        "start": {"optimizer": "sgd", "lr": 31.6, "momentum": 0.9, "grad_clip": 0.1},
+        "at": {"nano": {"lr": 316.0, "grad_clip": 0.03}},
+        "axes": {"grad_clip": GRAD_CLIPS, "momentum": MOMENTA},
+        "together": ({"lr": -1, "grad_clip": 1},)},
+    "clipped SGD": {
+        "start": {"optimizer": "clipped_sgd", "lr": 100.0, "token_clip": 1e-3,
+                  "update_clip": 5e-4, "momentum": 0.9},
+        "at": {"nano": {"lr": 1000.0, "token_clip": 3.16e-4, "momentum": 0.8},
+               "350m": {"lr": 200.0}, "1b": {"lr": 300.0, "update_clip": 2e-4}},
+        "axes": {"update_clip": UPDATE_CLIPS, "token_clip": ROW_CLIPS, "momentum": MOMENTA}},
+    "clipped SGD, all rows": {  # ours: one row clip for all matrices, which nearly always binds
+        "start": {"optimizer": "clipped_sgd", "lr": 316.0, "token_clip": 1e-4, "row_clip": 1e-4,
+                  "update_clip": 1e-3, "momentum": 0.9, "schedule_update_clip": True},
+        "tied": {"token_clip": "row_clip"},
+        "at": {"nano": {"update_clip": 5e-4, "momentum": 0.8, "schedule_update_clip": False}},
+        "axes": {"update_clip": UPDATE_CLIPS, "row_clip": ROW_CLIPS, "momentum": MOMENTA,
+                 "schedule_update_clip": (False, True)},
+        "together": ({"schedule_update_clip": 1, "update_clip": 1},)},
+    "SCALE": {
+        "start": {"optimizer": "scale", "lr": 1e-3, "momentum": 0.9},
+        "axes": {"momentum": MOMENTA}},
+}
+# Separate learning rates: multipliers in steps of 2; start: where most methods were best in an
+# earlier search, of the multipliers alone.
+FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+MULTIPLIERS = dict.fromkeys(("embedding_mult", "lm_head_mult", "matrix_mult"), FACTORS)
+MULTIPLIER_START = {"embedding_mult": 16.0, "lm_head_mult": 4.0, "matrix_mult": 1.0}
+
+
+# ---- parts of experiments ----
+
+def method(name, args, **changes):
+    """The Run of a method at this scale, with changes to where its search starts."""
+    spec, small = METHODS[name], args.scale in SMALL
+    at = spec.get("at", {}).get("nano" if small else args.scale, {})
+    settings = {**SCALES[args.scale], **({} if small else LARGE), "eval_every": None,
+                "data": args.data, "seed": SEED, "keep": "nothing", **spec["start"], **at,
+                **args.override, **changes}
+    for setting, other in spec.get("tied", {}).items():
+        if settings[other] is not None:
+            settings[setting] = settings[other]
+    return Run(name, settings, ("lr", *spec["axes"], *spec.get("tied", ()), *MULTIPLIERS))
+
+
+def search(name, args, only=None, below=math.inf, **changes):
+    """The best run of a method and all that were tried, over lr and its axes or `only` some, at
+    learning rates below `below`."""
+    grids = {"lr": [lr for lr in LR_GRID if lr < below], **METHODS[name]["axes"], **MULTIPLIERS}
+    axes = {axis: grids[axis] for axis in only or ("lr", *METHODS[name]["axes"]) if axis in grids}
+    return coordinate_search(lambda **more: method(name, args, **{**changes, **more}), axes, args,
+                             METHODS[name].get("together", ()))
+
+
+def final_runs(name, args, only=None, **changes):
+    """A method at the best settings that a search finds, at other seeds than the search's; where
+    one of these diverges, at the best settings below that learning rate, and so on. Returns the
+    best run of the search, all its runs and the seeds that were given up, and the other seeds."""
+    best, tried = search(name, args, only, **changes)
+    curve = {"eval_every": max(1, best.settings["steps"] // CURVE)} | args.override
+    while True:
+        runs = run_all(rerun_with_new_seeds(best, args, first=1, **curve), args)
+        lower = next_below(LR_GRID, best.lr)
+        if not any(run.diverged for run in runs) or lower is None:
+            return best, tried, runs
+        best, more = search(name, args, only, below=best.lr,
+                            **{**best.settings, "lr": lower})
+        tried += runs + more
+
+
+def search_rows(tried, runs, adam, adams, **more):
+    """The rows of a search and of its final runs for a page's JSON. adam and adams are Adam's best
+    run and final runs; gaps are taken seed by seed."""
+    rows = [run.row(other) | {"role": "seed"} for run, other in zip(runs, adams)]
+    rows += [run.row(adam) | {"role": "search" if run.settings["seed"] == SEED else "given up"}
+             for run in tried]
+    return [row | more for row in rows]
+
+
+def gap_cells(runs, adams):
+    """Loss, perplexity and gap of final runs, as text."""
+    return (outcomes(runs), interval_text([math.exp(run.loss) for run in runs], ".1f"),
+            interval_text(map(gap_to, adams, runs), "+.1%"),
+            interval_text([run.loss - other.loss for run, other in zip(runs, adams)], "+.3f"))
+
+
+GAP_HEAD = "validation loss", "perplexity", "gap to Adam", "gap, nats"
+
+
+def lr_grid(name, args, **changes):
+    """Runs of a method at five learning rates, from one below its start to three above."""
+    start = method(name, args).lr
+    i = LR_GRID.index(min(LR_GRID, key=lambda value: abs(math.log(value / start))))
+    return [method(name, args, **changes, lr=value)
+            for value in (LR_GRID[i - 1], start, *LR_GRID[i + 1:i + 4])]
+
+
+def stable_lr_text(runs):
+    """Of runs by rising learning rate: the largest below the first that diverged, as text."""
+    diverged = [run.diverged for run in runs]
+    below = runs[:diverged.index(True)] if any(diverged) else runs
+    lrs = [f"{run.lr:g}" for run in finished(below)] or ["-"]
+    return f"at least {lrs[-1]}" if finished(runs) and below == runs else lrs[-1]
+
+
+def resized(s, args, batch_size, steps):
+    """What changes in settings s for a batch size and steps."""
+    if batch_size < args.nproc or steps < 1:
+        raise UserError(f"{steps} steps of {batch_size} sequences with --nproc={args.nproc} cannot "
+                        "be run: give more --steps or a larger --batch_size")
+    changes = {"batch_size": batch_size, "steps": steps}
+    if s.get("micro_batch"):
+        changes["micro_batch"] = min(s["micro_batch"], batch_size // args.nproc)
+    return changes
+
+
+def state_bytes(s, vocab_size):
+    """Bytes of optimizer state per parameter: Adam has two fp32 averages, momentum is one, which
+    SCALE has for lm_head alone (we leave out its averages for the norm gains)."""
+    if not s.get("momentum", 1):
+        return 0
+    config = Config.named(s["model"], vocab_size)
+    head = vocab_size * config.hidden / config.parameters
+    return {"adamw": 8, "sgd": 4, "clipped_sgd": 4, "scale": 4 * head}[s["optimizer"]]
+
+
+def clip_shares(run):
+    """The shares of tensors and of rows that were clipped, means over a run, as text."""
+    return [fmt(run.average(name), ".0%") for name in ("clipped_tensors", "clipped_rows")]
+
+
+def plot_losses(axes, runs_by_method):
+    """Validation loss along training, for {method: runs at some seeds}."""
+    for name, runs in runs_by_method.items():
+        if done := finished(runs):
+            plot_seeds(axes, [line["step"] for line in done[0].evals],
+                       [[line["val_loss"] for line in run.evals] for run in done],
+                       STYLES[name], name)
+        mark_diverged(axes, [run.final["step"] for run in runs if run.diverged], STYLES[name])
+    axes.set(xlabel="step", ylabel="validation loss (nats per token)")
+
+
+def plot_final(axes, x, runs, style, label):
+    """The final losses of runs against x(run)."""
+    done = finished(runs)
+    axes.plot([x(run) for run in done], [run.loss for run in done], label=label, **style)
+    mark_diverged(axes, [x(run) for run in runs if run.diverged], style)
+    axes.set_ylabel("final loss (nats per token)")
+
+
+def plot_by_lr(axes, runs, style, label):
+    plot_final(axes, lambda run: run.lr, runs, style, label)
+    axes.set(xscale="log", xlabel="peak learning rate (log scale)")
+
+
+# ---- the command line ----
+
+SEEDED = ("gap", "ablation", "frequency", "spikes", "paper", "length")  # --seeds acts in these
+
+
+def overrides(words, parser):
+    """The settings of train.py for all runs among the words of a command line, as a dict."""
+    found = {}
+    for word in words:
+        name, equals, text = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not equals or name in ("lr", "seed", "out"):
+            parser.error(f"{word}: give settings of train.py as --name=value; lr, seed and out are "
+                         "the experiment's")
+        try:
+            found[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):  # a word
+            found[name] = None if text == "none" else text
+    return found
+
+
+def main(experiments, data="data/python", **more):
+    """The command line: one of {name: function}, its options, and settings of train.py. data is
+    the default of --data; `more`, {name: (type, default)}, are options of these alone."""
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, epilog="Any other --name=value is a setting of train.py for all runs.")
+    option, cores = parser.add_argument, min(8, torch.get_num_threads())
+    option("name", choices=experiments, nargs="?", default=next(iter(experiments)))
+    option("--scale", choices=SCALES, default="nano")
+    option("--data", default=data, help="data directory, made by data/prepare.py")
+    for name, (kind, value) in more.items():
+        option(f"--{name}", type=kind, default=value, help=str(value))
+    option("--seeds", type=int, choices=range(1, 11), metavar="N",
+           help="of final runs [3; 5 in gap and frequency, 1 in paper]")
+    option("--nproc", type=int, default=1, help="processes per run, by torchrun [1]")
+    option("--jobs", type=int, default=torch.cuda.device_count() or cores,
+           help="runs at a time [one per GPU, or per core of a CPU, at most 8]")
+    option("--dry", action="store_true", help="print the commands of the runs that are missing")
+    option("--tune", action="store_true", help="begin a search at a scale beyond nano")
+    args, others = parser.parse_known_args()
+    if args.seeds and args.name not in SEEDED:
+        parser.error(f"--seeds does nothing in {args.name}: drop it")
+    if min(args.jobs, args.nproc) < 1:
+        parser.error("--jobs and --nproc start at 1")
+    args.override, args.data = overrides(others, parser), args.data.rstrip("/")
+    # what is not the default is in the page's name
+    args.suffix = "" if args.data == data else f"-{Path(args.data).name}"
+    for name, (_, value) in more.items():
+        if getattr(args, name) != value:
+            args.suffix += f"-{name}" + ",".join(f"{x:g}" for x in getattr(args, name))
+    default = {"paper": 1, "gap": 5, "frequency": 5}.get(args.name, 3)
+    args.suffix += "" if args.seeds in (None, default) else f"-seeds{args.seeds}"
+    args.seeds = args.seeds or default
+    args.suffix += "".join(f"-{name}{value}" for name, value in args.override.items())
+    args.command = f"python -m experiments.{Path(sys.argv[0]).stem} {shlex.join(sys.argv[1:])}"
+    args.pool = ThreadPoolExecutor(args.jobs)
+
+    try:
+        if args.scale not in SMALL and args.name not in ("demo", "paper") and not (
+                args.dry or args.tune):
+            raise UserError(f"at {args.scale} this is many runs: `make cost TARGET={args.name} "
+                            f"SCALE={args.scale}` says how many and how long, TUNE=1 or --tune "
+                            "begins, `make paper` has four runs")
+        for name in METHODS:  # a setting that does not suit them all ends it here
+            method(name, args)
+        if not args.dry:
+            signal.signal(signal.SIGTERM, stop_all)
+            signal.signal(signal.SIGINT, stop_all)
+        result = experiments[args.name](args)
+        if result and not args.dry:
+            save_results(args.name, args, result)
+    except UserError as e:
+        sys.exit(f"{args.name}: {e}")
+    if args.dry:
+        print("the first runs only: a search continues from what it finds", file=sys.stderr)
+    elif result:
+        sys.exit(any(run.final is None for run in result.runs))
