@@ -3,6 +3,7 @@ PYTHON ?= python3
 SCALE ?= nano
 DATA ?= $(if $(filter micro nano,$(SCALE)),data/python,data/c4)
 PY := .venv/bin/python
+MNIST := data/mnist/t10k-labels-idx1-ubyte.gz  # the last of its files
 READY := .venv/installed $(if $(DRY),,$(DATA))
 OPTIONS = --scale=$(SCALE) --data=$(DATA) $(if $(SEEDS),--seeds=$(SEEDS)) \
 	$(if $(NPROC),--nproc=$(NPROC)) $(if $(JOBS),--jobs=$(JOBS)) $(if $(DRY),--dry) \
@@ -51,7 +52,7 @@ spikes: $(READY)  ## Spike No More's variants over learning rates: loss and spik
 toy: .venv/installed  ## softmax and quadratic models with rare classes; two minutes
 	$(PY) -m experiments.heavy_tails
 
-images: .venv/installed data/mnist data/omniglot  ## rare classes in images: a CNN, ResNet18 and ViT; 1.2 hours
+images: .venv/installed $(MNIST) data/omniglot  ## rare classes in images: a CNN, ResNet18 and ViT; 1.2 hours
 	$(PY) -m experiments.images
 
 report: .venv/installed  ## RESULTS.md from results/; seconds
@@ -76,11 +77,11 @@ test-rest:
 data/python: .venv/installed  ## the embedded corpus: the source of Python's own standard library
 	$(PY) data/prepare.py python --out=$@
 
-data/packages: | .venv/installed  ## the source of the packages that requirements.txt pins, 70 MB
+data/packages: .venv/installed  ## the source of the packages that requirements.txt pins, 70 MB
 	$(PY) data/prepare.py packages --out=$@
 
-data/mnist: | .venv/installed  ## the four files of MNIST, downloaded
-	$(PY) data/prepare.py mnist --out=$@
+$(MNIST): | .venv/installed
+	$(PY) data/prepare.py mnist --out=data/mnist
 
 data/omniglot:
 	@echo "put images_background_small1.zip and _small2.zip of github.com/brendenlake/omniglot there"; exit 1
@@ -95,4 +96,4 @@ data/c4:
 	@touch $@
 
 .PHONY: help demo gap lr ablation batch dynamics thresholds frequency spikes length paper cost toy images report \
-	bench drill test test-runs test-rest data/python
+	bench drill test test-runs test-rest data/python data/packages

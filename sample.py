@@ -46,6 +46,8 @@ def load_run(folder, data=None):
         with torch.device("meta"):
             model = LLaMA(config)
         model.load_state_dict(weights, assign=True)
+        if not all(w.isfinite().all() for w in weights.values()):
+            raise ValueError("weights that are not finite, the run diverged")
     except Exception as e:  # a torn or foreign file fails in many ways
         raise unusable(f"--ckpt={folder}", e, "give the folder of a run of train.py, with "
                        "config.json and ckpt.pt") from None
@@ -238,7 +240,7 @@ def load_pretrained(folder, config):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", required=True, help="folder of a run")
     parser.add_argument("--data", help="its data directory, if that has moved")

@@ -313,12 +313,16 @@ def prepare(args):
     differ = {k for k in {*settings, *before} if settings.get(k) != before.get(k)}
     extends = differ == {"train_shards"} and set(before["train_shards"]) < set(args.train_shards)
     ours = before and (not differ or extends)
-    if old.get("complete") and differ <= {"python"}:
-        print(f"{args.out} is ready" + ("; its text is the library of Python "
-              f"{before['python']}, this is {settings['python']}" if differ else ": nothing to do"))
+    if old.get("complete") and differ <= {"python", "packages"}:
+        notes = {"python": f"the library of Python {before.get('python')}, this is "
+                           f"{settings.get('python')}",
+                 "packages": "other versions of the packages than are installed here"}
+        print(f"{args.out} is ready" + ("".join(f"; its text is {notes[k]}" for k in differ)
+                                        or ": nothing to do"))
         return
     begun = any(args.out.glob("*.bin"))
-    if not ours and (begun or (model_path.exists() and not old)):
+    foreign = not old and (meta_path.exists() or model_path.exists())
+    if not ours and (begun or foreign or old.get("complete")):
         fail(f"{args.out} holds data of other settings or files: choose another --out")
 
     args.val_text = None
@@ -337,6 +341,8 @@ def prepare(args):
         t.pad_id, t.vocab_size = t.vocab_size, t.vocab_size + 1
     if t.eos_id < 0 or t.vocab_size > 65536:
         fail(f"--tokenizer={args.tokenizer}: needs an end-of-sequence piece, at most 65,536 pieces")
+    if not ours:  # a tokenizer of other settings, whose data was never begun
+        model_path.unlink(missing_ok=True)
     write(meta_path, json.dumps({"complete": False, "settings": settings}, indent=1).encode())
     if model is not None:
         write(model_path, model)

@@ -78,7 +78,7 @@ FAULTS = {  # name: (what disturbs a run, continues it and returns whether all i
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__)
     parser.add_argument("--times", type=int, default=20, help="how often each signal is sent")
     args = parser.parse_args()
     total_lost = 0

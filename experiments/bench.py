@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -171,7 +171,8 @@ def bench_start(args):
 
 
 def main():
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgumentParser(usage=SUPPRESS, description=__doc__,
+                            formatter_class=RawDescriptionHelpFormatter)
     parts = {"train": bench_train, "optimizer": bench_optimizer, "start": bench_start}
     parser.add_argument("part", nargs="*", choices=parts, default=parts)
     parser.add_argument("--model", choices=SIZES, default="nano")

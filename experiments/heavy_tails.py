@@ -414,15 +414,19 @@ EXPERIMENTS = {
     "reweighted": partial(reweighted, m=7, steps=200), "large": partial(large, m=11, steps=300)}
 
 
-def positive(text):
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return int(text)
+def at_least(low):
+    """The function by which argparse reads a whole number."""
+    def convert(text):
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}")
+        return int(text)
+    convert.__name__ = "whole number"
+    return convert
 
 
 def main(module="heavy_tails", about=__doc__, experiments=EXPERIMENTS, default="all but large",
          settings={"m": {"type": int, "choices": range(3, 13), "help": "groups [7, large 11]"},
-                   "steps": {"type": positive, "help": "[200, large 300]"}},
+                   "steps": {"type": at_least(1), "help": "[200, large 300]"}},
          folder="toy"):
     """The command line of this file, and of images.py."""
     parser = argparse.ArgumentParser(

@@ -31,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-from experiments.heavy_tails import DEVICE, Problem, make_optimizer, page, positive, take_step, tune
+from experiments.heavy_tails import DEVICE, Problem, at_least, make_optimizer, page, take_step, tune
 from experiments.heavy_tails import main as command_line
 from loader import UserError
 from metrics import finite, frequency_groups
@@ -145,8 +145,9 @@ def read_mnist(folder, bits=3):
             sizes = np.frombuffer(data, ">u4", count=ndim, offset=4)
             arrays.append(np.frombuffer(data, np.uint8, offset=4 + 4 * ndim).reshape(sizes))
         except (OSError, EOFError, ValueError, zlib.error) as e:
-            raise UserError(f"cannot read {path} ({e}): `python data/prepare.py mnist --out=DIR` "
-                            "gets MNIST's files, then give --data=DIR") from None
+            raise UserError(f"cannot read {path} ({e}): get MNIST's files by `python "
+                            "data/prepare.py mnist --out=DIR`, DIR a new folder, and give "
+                            "--data=DIR") from None
     images, labels = arrays
     if images.shape != (len(labels), 28, 28) or labels.max(initial=0) > 9:
         raise UserError(f"{folder} has images of {images.shape} and {len(labels)} labels up to "
@@ -155,9 +156,10 @@ def read_mnist(folder, bits=3):
 
 
 def barcoded(images, labels, bits, each=5):
-    """Images uint8 [n, 28, 28] and their classes int64 [n]. Half are digits, classes 0 to 9; class
-    10 + 10 * code + digit has `each` images of a digit with `code` in the first `bits` pixels of
-    row 0. Which images these are, and that all ten digits are equally frequent, is ours."""
+    """Images uint8 [n, 28, 28] and their classes int64 [n]. Half (at 10 bits somewhat less) are
+    digits, classes 0 to 9; class 10 + 10 * code + digit has `each` images of a digit with `code` in
+    the first `bits` pixels of row 0. Which these are, and that all ten digits are equally frequent,
+    is ours."""
     rng = np.random.default_rng(0)
     digits = [np.flatnonzero(labels == digit) for digit in range(10)]
     many = min(each * 2**bits, 5000)  # the paper's 5,000 at 10 bits
@@ -353,9 +355,9 @@ def compare(experiment, title, caption, data, make_net, epochs, batch=None, chun
 def mnist(bits, steps, data):
     images, labels, part = read_mnist(data, bits)
     images, classes = barcoded(images, labels, bits)
-    images, half = images[:, None], len(images) // 2
+    images, marked = images[:, None], classes >= 10
     sets = {"digits and barcodes": (images, classes),
-            "barcodes alone": (images[half:], classes[half:] - 10)}
+            "barcodes alone": (images[marked], classes[marked] - 10)}
     caption = (
         f"Barcoded MNIST, {bits} bits: {len(images):,} images, from the {part} images, of "
         f"{classes.max() + 1:,} classes, a CNN, full batch. Kunstner et al. 2024 (10 bits): GD "
@@ -371,6 +373,9 @@ def folder_page(experiment, title, caption, make_net, data, classes, most, size,
     if counts[-1] == 0:
         raise UserError(f"--most={most} leaves nothing for the rarest of {classes} classes: give "
                         f"at least --most={classes}")
+    if counts.sum() // math.ceil(counts.sum() / batch) < 2:
+        raise UserError(f"--batch={batch} leaves one image in a batch, whose variance is 0: give a "
+                        "larger one")
     sets = {"heavy-tailed": sample(chosen, counts, size, seed),
             "balanced classes": sample(chosen, balanced(counts), size, seed)}
     caption += (
@@ -409,16 +414,16 @@ EXPERIMENTS = {
 SETTINGS = {
     "data": {"type": Path, "help": "folder [data/mnist, data/omniglot]"},
     "bits": {"type": int, "choices": range(1, 11), "help": "of barcodes [3]"},
-    "steps": {"type": positive, "help": "full-batch steps [200]"},
-    "classes": {"type": positive, "help": "[242]"},
-    "most": {"type": positive, "help": "images of the most frequent class [242]"},
-    "size": {"type": positive, "help": "pixels [32]"},
-    "epochs": {"type": positive, "help": "[ResNet18 15, ViT 30]"},
-    "batch": {"type": positive, "help": "images per step [ResNet18 512, ViT 128]"},
-    "seed": {"type": int, "help": "of the choice of images [0]"},
-    "width": {"type": positive, "help": "[ResNet18 32, ViT 128]"},
-    "patch": {"type": positive, "help": "pixels [8]"},
-    "depth": {"type": positive, "help": "blocks [4]"}}
+    "steps": {"type": at_least(1), "help": "full-batch steps [200]"},
+    "classes": {"type": at_least(1), "help": "[242]"},
+    "most": {"type": at_least(1), "help": "images of the most frequent class [242]"},
+    "size": {"type": at_least(1), "help": "pixels [32]"},
+    "epochs": {"type": at_least(1), "help": "[ResNet18 15, ViT 30]"},
+    "batch": {"type": at_least(1), "help": "images per step [ResNet18 512, ViT 128]"},
+    "seed": {"type": at_least(0), "help": "of the choice of images [0]"},
+    "width": {"type": at_least(1), "help": "[ResNet18 32, ViT 128]"},
+    "patch": {"type": at_least(1), "help": "pixels [8]"},
+    "depth": {"type": at_least(1), "help": "blocks [4]"}}
 
 if __name__ == "__main__":
     command_line("images", __doc__, EXPERIMENTS, "all", SETTINGS, "images")

@@ -2,16 +2,17 @@
 and searches; cells and curves of the pages; the command line.
 """
 import argparse
-import ast
 import math
 import shlex
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
+import train
 from experiments.sweep import (
     LR_GRID, STYLES, Run, coordinate_search, finished, fmt, gap_to, interval_text, mark_diverged,
     next_below, outcomes, plot_seeds, rerun_with_new_seeds, run_all, save_results, stop_all)
@@ -136,7 +137,8 @@ def search_rows(tried, runs, adam, adams, **more):
 
 def gap_cells(runs, adams):
     """Loss, perplexity and gap of final runs, as text."""
-    return (outcomes(runs), interval_text([math.exp(run.loss) for run in runs], ".1f"),
+    perplexities = [math.exp(run.loss) if run.loss < 700 else math.inf for run in runs]
+    return (outcomes(runs), interval_text(perplexities, ".1f"),
             interval_text(map(gap_to, adams, runs), "+.1%"),
             interval_text([run.loss - other.loss for run, other in zip(runs, adams)], "+.3f"))
 
@@ -217,16 +219,18 @@ SEEDED = ("gap", "ablation", "frequency", "spikes", "paper", "length")  # --seed
 
 def overrides(words, parser):
     """The settings of train.py for all runs among the words of a command line, as a dict."""
+    converters = {field.name: train.converter(field.type) for field in fields(train.Settings)}
     found = {}
     for word in words:
         name, equals, text = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or not equals or name in ("lr", "seed", "out"):
+        if (not word.startswith("--") or not equals or name not in converters
+                or name in ("lr", "seed", "out")):
             parser.error(f"{word}: give settings of train.py as --name=value; lr, seed and out are "
                          "the experiment's")
         try:
-            found[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):  # a word
-            found[name] = None if text == "none" else text
+            found[name] = converters[name](text)
+        except ValueError:
+            parser.error(f"--{name}: invalid {converters[name].__name__} value: {text!r}")
     return found
 
 
@@ -234,7 +238,8 @@ def main(experiments, data="data/python", **more):
     """The command line: one of {name: function}, its options, and settings of train.py. data is
     the default of --data; `more`, {name: (type, default)}, are options of these alone."""
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, epilog="Any other --name=value is a setting of train.py for all runs.")
+        usage=argparse.SUPPRESS, allow_abbrev=False,
+        epilog="Any other --name=value is a setting of train.py for all runs.")
     option, cores = parser.add_argument, min(8, torch.get_num_threads())
     option("name", choices=experiments, nargs="?", default=next(iter(experiments)))
     option("--scale", choices=SCALES, default="nano")

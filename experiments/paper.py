@@ -18,7 +18,7 @@ from experiments.methods import (
 from experiments.sweep import (
     ExperimentResult, fmt, gap_to, interval_text, markdown_table, outcomes, rerun_with_new_seeds,
     run_all)
-from loader import read_meta
+from loader import UserError, read_meta
 from model import Config
 
 C4_DOCUMENTS, C4_GB = 364_868_892 / 1024, 305 / 1024  # of one of its 1,024 files (its data card)
@@ -122,7 +122,7 @@ def paper(args):
 
 def cost_main(words):
     parser = argparse.ArgumentParser(
-        prog="paper.py cost", allow_abbrev=False,
+        prog="paper.py cost", usage=argparse.SUPPRESS, allow_abbrev=False,
         epilog="Any other --name=value is a setting of train.py for all runs.")
     option = parser.add_argument
     option("--scale", choices=SCALES, default="nano")
@@ -135,7 +135,10 @@ def cost_main(words):
     if min(args.gpus, args.peak, args.mfu) <= 0:
         parser.error("--gpus, --peak and --mfu must be above 0")
     args.override = overrides(others, parser)
-    print(cost(args, args.target, args.gpus, args.peak, args.mfu))
+    try:
+        print(cost(args, args.target, args.gpus, args.peak, args.mfu))
+    except UserError as e:
+        sys.exit(f"cost: {e}")
 
 
 if __name__ == "__main__":

@@ -178,7 +178,10 @@ def test_settings_that_train_refuses_stop_everything(stream, tmp_path):
             ("lr", f"--data={stream}", *settings(steps=-1), "--steps=-1: it must be above 0"),
             ("gap", "--momentum=0.5", "--momentum=0.5: it does nothing for adamw"),
             ("cost", "--model=7b", "--model=7b: choose from micro"),
-            ("cost", "--micro_batch=abc", "--micro_batch: invalid whole number value: 'abc'")):
+            ("cost", "--micro_batch=abc", "--micro_batch: invalid whole number value: 'abc'"),
+            ("lr", "--steps={[]:1}", "--steps: invalid whole number value: '{[]:1}'"),
+            ("lr", "--batch=1", "--batch=1: give settings of train.py"),
+            ("lr", "--jobs=x", "--jobs: invalid int value: 'x'")):
         module = "paper" if name == "cost" else "adam_sgd_gap"
         done = experiment(module, name, *words, cwd=tmp_path)
         one_line(done, expected)
@@ -488,6 +491,7 @@ def test_a_dry_run_prints_the_commands_and_does_nothing(tmp_path):
 
 
 def test_cost(tmp_path):
+    one_line(experiment("paper", "cost", f"--data={tmp_path}", cwd=tmp_path), "meta.json is missing")
     (tmp_path / "results" / "nano").mkdir(parents=True)
     (tmp_path / "results" / "nano" / "gap.md").write_text("Caption. 118 runs, seed 42, 43.\n")
     out = experiment("paper", "cost", "--scale=1b", "--target=gap", "--gpus=16", "--mfu=0.5",

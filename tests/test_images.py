@@ -281,7 +281,9 @@ def test_bad_folders_and_settings_are_one_line(tree, tmp_path, refused):
             (["vit", "--size=30"], ["--size=30", "--patch=8"]),
             (["vit", "--width=100"], ["--width=100", "64"]),
             (["mnist", "--size=30"], ["--size does nothing for mnist"]),
-            (["resnet18", "--batch=0"], ["--batch", "at least 1"])):
+            (["resnet18", "--batch=0"], ["--batch", "at least 1"]),
+            (["resnet18", "--data=tree", "--classes=3", "--most=12", "--batch=1"], ["--batch=1"]),
+            (["resnet18", "--seed=-1"], ["--seed", "at least 0"])):
         refused(words, wanted)
     (tree / "c").mkdir()
     (tree / "c" / "1.png").write_bytes((tree / "b" / "0.png").read_bytes())

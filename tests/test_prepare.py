@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -140,6 +141,33 @@ def test_other_data_in_the_directory_is_left_alone(text, stream, tmp_path):
     (tmp_path / "meta.json").write_text("{")
     one_line(prepare(*words), "choose another --out")
     assert digest(tmp_path).keys() == whole.keys()
+
+
+def test_a_directory_of_others_or_without_its_shards_is_left_alone(text, stream, tmp_path):
+    words = ("files", text, f"--out={tmp_path}", f"--tokenizer={stream / 'tokenizer.model'}")
+    (tmp_path / "meta.json").write_text('{"mine": 1}')
+    one_line(prepare(*words), tmp_path, "choose another --out")
+    assert (tmp_path / "meta.json").read_text() == '{"mine": 1}'
+    (tmp_path / "meta.json").unlink()
+    assert prepare(*words).returncode == 0
+    for path in tmp_path.glob("*.bin"):
+        path.unlink()  # they lie on another disk now
+    left = digest(tmp_path)
+    one_line(prepare(*words, "--seq_len=64"), tmp_path, "choose another --out")
+    assert digest(tmp_path) == left
+
+
+def test_the_tokenizer_of_settings_that_were_given_up_is_not_used(text, tmp_path):
+    def small_files(size):
+        return {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))}
+    words = ("files", text, f"--out={tmp_path}")
+    model = tmp_path / "tokenizer.model"
+    one_line(prepare(*words, "--tokenizer=train:300", **small_files(5_200)), "File too large")
+    assert model.exists() and not list(tmp_path.glob("*.bin"))
+    one_line(prepare(*words, "--tokenizer=train:600", **small_files(2_000)), "File too large")
+    done = prepare(*words, "--tokenizer=train:600")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "meta.json").read_text())["vocab_size"] == 600
 
 
 def test_settings_can_change_as_long_as_there_is_no_shard(text, stream, tmp_path):

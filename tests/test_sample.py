@@ -299,6 +299,16 @@ def test_an_export_replaces_nothing(run, hf, odd, tmp_path):
     assert contents(tmp_path / "empty").keys() == contents(hf).keys()
 
 
+@pytest.mark.parametrize("words", [["--temperature=0"], ["--export=hf"]])
+def test_the_weights_of_a_run_that_diverged_are_refused(run, tmp_path, words):
+    mine = shutil.copytree(run, tmp_path / "run")
+    state = torch.load(mine / "ckpt.pt", weights_only=True)
+    state["model"]["lm_head.weight"][3, 5] = float("nan")
+    torch.save(state, mine / "ckpt.pt")
+    one_line(python(SAMPLE, f"--ckpt={mine}", *words, cwd=tmp_path), mine, "diverged")
+    assert not (tmp_path / "hf").exists()
+
+
 def test_a_full_disk_leaves_nothing_half_written(odd, tmp_path):
     full = python(SAMPLE, f"--ckpt={odd / 'run'}", f"--export={tmp_path / 'hf'}",
                   preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)))
