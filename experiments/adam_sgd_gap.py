@@ -130,44 +130,46 @@ def ablation(args):
     """Is it the clipping or the learning rate?"""
     small, searched = max_stable_lr(lambda **c: method("SGD with momentum", args, **c), args)
     large = method("clipped SGD", args).lr
-    # searched, all but Adam over the update clip alone; at lr 1e9 every update is clipped: each
-    # tensor's is scaled to one RMS
-    clips = {"only": ["update_clip"]}
-    options = {"Adam": ("Adam", {}), "per-tensor normalized": (
-        "clipped SGD", {**clips, "lr": 1e9, "token_clip": None})}
-    for clipped, changes in (("lm_head", {"row_clip": None}),
-                             ("lm_head and embedding", {"row_clip_on": "embedding"}),
-                             ("all", {})):
-        options[f"{clipped} rows"] = "clipped SGD, all rows", {**clips, **changes}
-        options[f"{clipped} rows, scheduled"] = "clipped SGD, all rows", {
-            **clips, **changes, "update_clip": 1.58e-3, "schedule_update_clip": True}
-    found = concurrently(lambda key: search(options[key][0], args, **options[key][1]),
-                         options, args)
+    # variants at both of these learning rates: method, changes
+    fixed = {"no clip": ("clipped SGD", {"token_clip": None, "update_clip": None}),
+             "token clip": ("clipped SGD", {"update_clip": None}),
+             "update clip": ("clipped SGD", {"token_clip": None}),
+             "both clips": ("clipped SGD", {}),
+             "global norm": ("SGD, global norm clipped", {})}
+    # variants that are searched, all but Adam over the update clip alone; at lr 1e9 every update is
+    # clipped: each tensor's is scaled to one RMS
+    tuned = {"Adam": ("Adam", {}),
+             "per-tensor normalized": ("clipped SGD", {"lr": 1e9, "token_clip": None})}
+    scheduled = {"update_clip": 1.58e-3, "schedule_update_clip": True}
+    for name, changes in (("lm_head rows", {"row_clip": None}),
+                          ("lm_head and embedding rows", {"row_clip_on": "embedding"}),
+                          ("all rows", {})):
+        tuned[name] = "clipped SGD, all rows", changes
+        tuned[f"{name}, scheduled"] = "clipped SGD, all rows", changes | scheduled
+
+    def tune(variant):
+        name, changes = tuned[variant]
+        return search(name, args, None if name == "Adam" else ["update_clip"], **changes)
+    found = concurrently(tune, tuned, args)
     searched += sum([tried for _, tried in found.values()], [])
     best_adam = found["Adam"][0]
 
-    cells = {}  # (clip, learning rate or "searched"): runs
-    for clip, name, changes in (
-            ("no clip", "clipped SGD", {"token_clip": None, "update_clip": None}),
-            ("token clip", "clipped SGD", {"update_clip": None}),
-            ("update clip", "clipped SGD", {"token_clip": None}),
-            ("both clips", "clipped SGD", {}),
-            ("global norm", "SGD, global norm clipped", {})):
+    cells = {}  # (variant, learning rate or "searched"): runs
+    for variant, (name, changes) in fixed.items():
         for value in (small, large):
-            run = method(name, args, lr=value, **changes)
-            all_seeds = clip in ("no clip", "both clips")
-            cells[clip, value] = rerun_with_new_seeds(run, args) if all_seeds else [run]
-    for key, (best, _) in found.items():
-        cells[key, "searched"] = rerun_with_new_seeds(best, args)
+            seeds = rerun_with_new_seeds(method(name, args, lr=value, **changes), args, first=1)
+            cells[variant, value] = seeds if variant in ("no clip", "both clips") else seeds[:1]
+    for variant, (best, _) in found.items():
+        cells[variant, "searched"] = rerun_with_new_seeds(best, args, first=1)
     adams = cells["Adam", "searched"]
     runs = run_all(sum(cells.values(), []), args) + searched
 
     rows, lines = [], []
-    for (clip, _), cell in cells.items():
-        rows += [run.row(adam) | {"cell": clip, "clipped_tensors": run.average("clipped_tensors"),
-                                  "clipped_rows": run.average("clipped_rows")}
-                 for run, adam in zip(cell, adams)]
-        lines.append((clip, cell[0].settings_text, outcomes(cell),
+    for (variant, _), cell in cells.items():
+        for run, adam in zip(cell, adams):
+            shares = {name: run.average(name) for name in ("clipped_tensors", "clipped_rows")}
+            rows.append(run.row(adam) | {"cell": variant, **shares})
+        lines.append((variant, cell[0].settings_text, outcomes(cell),
                       interval_text(map(gap_to, adams, cell), "+.1%"), str(len(cell)),
                       *clip_shares(cell[0])))
     rows += [run.row(best_adam) | {"cell": "search"} for run in searched]
@@ -181,18 +183,18 @@ def ablation(args):
                 (large, "#0072b2", "at clipped SGD's lr"),
                 ("searched", "black", "searched")):
             axes = panels[int(value == "searched")]
-            clips = list(dict.fromkeys(clip for clip, lr in cells
-                                       if (lr == "searched") == (value == "searched")))
-            clip_of = {run: clips.index(clip) for (clip, lr), cell in cells.items() if lr == value
-                       for run in cell}
+            names = list(found if value == "searched" else fixed)
+            place = {run: names.index(name) for (name, at), cell in cells.items() if at == value
+                     for run in cell}
             style = {"color": color, "marker": "o", "linestyle": ""}
-            plot_final(axes, clip_of.get, list(clip_of), style, label)
-            axes.set_xticks(range(len(clips)), [clip.replace(" ", "\n") for clip in clips])
+            plot_final(axes, place.get, list(place), style, label)
+            axes.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])
     return ExperimentResult(
         "Which clip, at which learning rate", table, rows, runs,
         "Clips at the maximum stable learning rate of SGD with momentum and at clipped SGD's. "
         "Searched: Adam; per-tensor normalized SGD; and clipped SGD by whose rows are clipped, "
-        "with the update clip constant or on the schedule. Shares clipped are of the first seed.",
+        "with the update clip constant or on the schedule. Final runs have other seeds than the "
+        "search. Shares clipped are of the first.",
         draw, (2, 1))
 
 

@@ -225,8 +225,8 @@ def overrides(words, parser):
         name, equals, text = word.removeprefix("--").partition("=")
         if (not word.startswith("--") or not equals or name not in converters
                 or name in ("lr", "seed", "out")):
-            parser.error(f"{word}: give settings of train.py as --name=value; lr, seed and out are "
-                         "the experiment's")
+            parser.error(f"{word if equals else shlex.join(words)}: give settings of train.py as "
+                         "--name=value; lr, seed and out are the experiment's")
         try:
             found[name] = converters[name](text)
         except ValueError:

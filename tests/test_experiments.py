@@ -162,7 +162,7 @@ def test_edited_code_is_run_again_and_an_edited_comment_is_not(stream, tmp_path)
 
 def test_two_tables_at_once_finish_both(stream, tmp_path):
     leave_a_gap_page(tmp_path)
-    words = ["-m", "experiments.adam_sgd_gap", "demo", f"--data={stream}", *settings(steps=100)]
+    words = ["-m", "experiments.adam_sgd_gap", "demo", f"--data={stream}", *settings(steps=60)]
     tables = [subprocess.Popen([sys.executable, *words], cwd=tmp_path, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                env={**os.environ, "PYTHONPATH": str(ROOT)}) for _ in range(2)]
@@ -178,10 +178,7 @@ def test_settings_that_train_refuses_stop_everything(stream, tmp_path):
             ("lr", f"--data={stream}", *settings(steps=-1), "--steps=-1: it must be above 0"),
             ("gap", "--momentum=0.5", "--momentum=0.5: it does nothing for adamw"),
             ("cost", "--model=7b", "--model=7b: choose from micro"),
-            ("cost", "--micro_batch=abc", "--micro_batch: invalid whole number value: 'abc'"),
-            ("lr", "--steps={[]:1}", "--steps: invalid whole number value: '{[]:1}'"),
-            ("lr", "--batch=1", "--batch=1: give settings of train.py"),
-            ("lr", "--jobs=x", "--jobs: invalid int value: 'x'")):
+            ("cost", "--micro_batch=abc", "--micro_batch: invalid whole number value: 'abc'")):
         module = "paper" if name == "cost" else "adam_sgd_gap"
         done = experiment(module, name, *words, cwd=tmp_path)
         one_line(done, expected)
@@ -456,11 +453,14 @@ def test_bad_words_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [])
     for words in (["demo", "--steps", "5"], ["demo", "--lr=3"], ["nothing"], ["gap", "--seed=7"],
                   ["demo", "--jobs=0"], ["demo", "--out=x"], ["demo", "steps=5"],
+                  ["demo", "--jobs=x"], ["lr", "--batch=1"], ["lr", "--steps={[]:1}"],
                   # these would do nothing
                   ["demo", "--seeds=2"], ["lr", "--seeds=3"]):
         with pytest.raises(SystemExit) as leave:
             main(*words)
-        assert leave.value.code == 2 and words[-1].split("=")[0] in capsys.readouterr().err
+        stderr = capsys.readouterr().err
+        assert leave.value.code == 2 and words[-1].split("=")[0] in stderr
+        assert len(stderr.splitlines()) == 1
         assert not list(tmp_path.iterdir())
     with pytest.raises(SystemExit) as leave:
         main("demo", "--scale=60m", "--data=x", "--dry")
