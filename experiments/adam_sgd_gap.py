@@ -94,7 +94,8 @@ def gap(args):
     return ExperimentResult(
         "Each method at its best settings", table, rows, all_runs,
         f"Each method at the best settings that a search found at seed {SEED}, run at other seeds; "
-        "where one of these diverged, the search went on below that learning rate. Separate "
+        "where one of these diverged, the search went on below that learning rate. Learning rates "
+        "and clips are searched in steps of sqrt(10), and from the best in half of these. Separate "
         "learning rates: a second search, from where the first ended, over the same settings and "
         "over multipliers of the learning rate (for clipped SGD also of the update clip) of the "
         "embedding, lm_head and the other matrices. Mean and 95% interval (Student's t); gaps are "

@@ -38,10 +38,10 @@ CURVE = 4  # evaluations along a run whose validation loss is drawn over the ste
 # start     where a search begins
 # at        what differs at a scale: the best of an earlier search at nano, and so at micro; the
 #           paper's values for clipped SGD beyond
-# axes      what is searched beside lr; step sizes and clips in steps of sqrt(10) for every method
+# axes      what is searched beside lr; learning rates and clips in steps of sqrt(10)
 # together  what is also moved at once, and in which directions
 # tied      a setting that is always as large as another
-MOMENTA = (0.5, 0.8, 0.9, 0.95, 0.98)
+MOMENTA = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98)
 GRAD_CLIPS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 UPDATE_CLIPS = (1.58e-5, 5e-5, 1.58e-4, 5e-4, 1.58e-3, 5e-3, 1.58e-2)
 ROW_CLIPS = (3.16e-6, 1e-5, 3.16e-5, 1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2)
@@ -54,7 +54,7 @@ METHODS = {
     "SGD": {"start": {"optimizer": "sgd", "momentum": 0, "lr": 0.316}, "axes": {}},
     "SGD with momentum": {
         "start": {"optimizer": "sgd", "lr": 1.0, "momentum": 0.9},
-        "at": {"nano": {"momentum": 0.8}},
+        "at": {"nano": {"lr": 0.316, "momentum": 0.5}},
         "axes": {"momentum": MOMENTA}},
     "SGD, global norm clipped": {  # where the clip binds, lr x grad_clip is the length of a step
         "start": {"optimizer": "sgd", "lr": 31.6, "momentum": 0.9, "grad_clip": 0.1},
@@ -64,7 +64,7 @@ METHODS = {
     "clipped SGD": {
         "start": {"optimizer": "clipped_sgd", "lr": 100.0, "token_clip": 1e-3,
                   "update_clip": 5e-4, "momentum": 0.9},
-        "at": {"nano": {"lr": 1000.0, "token_clip": 3.16e-4, "momentum": 0.8},
+        "at": {"nano": {"lr": 316.0, "momentum": 0.8},
                "350m": {"lr": 200.0}, "1b": {"lr": 300.0, "update_clip": 2e-4}},
         "axes": {"update_clip": UPDATE_CLIPS, "token_clip": ROW_CLIPS, "momentum": MOMENTA}},
     "clipped SGD, all rows": {  # ours: one row clip for all matrices, which nearly always binds
@@ -84,6 +84,7 @@ METHODS = {
 FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 MULTIPLIERS = dict.fromkeys(("embedding_mult", "lm_head_mult", "matrix_mult"), FACTORS)
 MULTIPLIER_START = {"embedding_mult": 16.0, "lm_head_mult": 4.0, "matrix_mult": 1.0}
+FINE = "lr", "grad_clip", "update_clip", "token_clip", "row_clip"  # in half of their steps, at last
 
 
 # ---- parts of experiments ----
@@ -101,29 +102,40 @@ def method(name, args, **changes):
     return Run(name, settings, ("lr", *spec["axes"], *spec.get("tied", ()), *MULTIPLIERS))
 
 
-def search(name, args, only=None, below=math.inf, **changes):
+def search(name, args, only=None, below=math.inf, fine=False, **changes):
     """The best run of a method and all that were tried, over lr and its axes or `only` some, at
-    learning rates below `below`."""
-    grids = {"lr": [lr for lr in LR_GRID if lr < below], **METHODS[name]["axes"], **MULTIPLIERS}
+    learning rates below `below`. With fine, over those in FINE, in half of their steps."""
+    grids = {"lr": LR_GRID, **METHODS[name]["axes"], **MULTIPLIERS}
+    if fine:
+        grids = {axis: halved(grid) for axis, grid in grids.items() if axis in FINE}
+    grids["lr"] = [lr for lr in grids["lr"] if lr < below]
     axes = {axis: grids[axis] for axis in only or ("lr", *METHODS[name]["axes"]) if axis in grids}
     return coordinate_search(lambda **more: method(name, args, **{**changes, **more}), axes, args,
                              METHODS[name].get("together", ()))
 
 
+def halved(grid):
+    """A grid with the geometric means of its neighbours added, to three digits."""
+    return sorted([*grid, *(float(f"{math.sqrt(a * b):.3g}") for a, b in zip(grid, grid[1:]))])
+
+
 def final_runs(name, args, only=None, **changes):
-    """A method at the best settings that a search finds, at other seeds than the search's; where
-    one of these diverges, at the best settings below that learning rate, and so on. Returns the
-    best run of the search, all its runs and the seeds that were given up, and the other seeds."""
-    best, tried = search(name, args, only, **changes)
-    curve = {"eval_every": max(1, best.settings["steps"] // CURVE)} | args.override
+    """A method at the best settings that a search finds, at last in half of its steps, at other
+    seeds than the search's; where one of these diverges, at the best settings below that learning
+    rate, and so on. Returns the best run of the search, all its runs and the seeds that were given
+    up, and the other seeds."""
+    tried, below = [], math.inf
     while True:
+        best, coarse = search(name, args, only, below, **changes)
+        best, fine = search(name, args, only, below, fine=True, **best.settings)
+        curve = {"eval_every": max(1, best.settings["steps"] // CURVE)} | args.override
         runs = run_all(rerun_with_new_seeds(best, args, first=1, **curve), args)
-        lower = next_below(LR_GRID, best.lr)
+        tried += coarse + fine
+        lower, below = next_below(LR_GRID, best.lr), best.lr
         if not any(run.diverged for run in runs) or lower is None:
-            return best, tried, runs
-        best, more = search(name, args, only, below=best.lr,
-                            **{**best.settings, "lr": lower})
-        tried += runs + more
+            return best, list({run.out: run for run in tried}.values()), runs
+        tried += runs
+        changes = {**best.settings, "lr": lower}
 
 
 def search_rows(tried, runs, adam, adams, **more):
