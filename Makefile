@@ -13,7 +13,7 @@ help:  ## this list
 	@echo "Targets (times: two CPU cores). Variables: SCALE=60m and so on, DATA=data directory,"
 	@echo "SEEDS=runs of each final setting, NPROC=processes per run, JOBS=runs at a time,"
 	@echo "FLAGS=settings of train.py for all runs, DRY=1 to print the commands, TUNE=1 to search"
-	@echo "at a scale beyond nano, TARGET=of which cost tells, PYTHON=interpreter."
+	@echo "at a scale beyond nano, TARGET=what to cost, PYTHON=interpreter."
 	@awk -F ':.*## ' '/^[a-z\/]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## Adam, SGD with momentum and two clipped SGDs: a table and a picture in five minutes

@@ -82,7 +82,7 @@ class Tokenizer:
                 bpe = tiktoken.get_encoding(self.name)
                 self.encode, self.decode, self.size = bpe.encode_ordinary, bpe.decode, bpe.n_vocab
         except Exception as e:  # tiktoken's download fails in many ways
-            raise unusable(f"the tokenizer {self.name} of {data}", e, "a .model file belongs into "
+            raise unusable(f"the tokenizer {self.name} of {data}", e, "a .model file belongs in "
                            "the data directory, tiktoken's are downloaded at first use") from None
 
 
@@ -231,7 +231,7 @@ def load_pretrained(folder, config):
     differ = [f"{name} {found.get(name, 'missing')} (here {expected.get(name, 'none')})"
               for name in {**found, **expected} if found.get(name) != expected.get(name)]
     if differ:
-        raise UserError(f"--init_from={folder} is another model than --model and the data's "
+        raise UserError(f"--init_from={folder} differs from what --model and the data's "
                         f"vocabulary make: {' '.join(', '.join(differ[:3]).split()):.400}")
     weights = {name: w.float() for name, w in weights.items()}
     if config.embedding == "scale":  # as export() multiplied

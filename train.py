@@ -371,7 +371,7 @@ def train(s):
         metrics.log_eval(step, *result)
         return finish() if metrics.diverged else None
 
-    # evaluate the model as it starts; and if a checkpoint is older than the evaluation of its step
+    # evaluate at the start, or when resuming from a checkpoint saved before its step's evaluation
     stop_signal = StopSignal()
     if is_eval_due(start) and metrics.last_eval[0] != start:
         if (status := run_eval(start)) is not None:

@@ -409,7 +409,7 @@ def main():
         add("--tokenizer", default="train:4096", help="t5, gpt2, train:N or a .model file")
         add("--layout", choices=["rows", "stream"], default="stream", help="of the documents")
         add("--seq_len", type=int, default=128, help="tokens per sequence")
-        add("--downloads", type=Path, help="of files put by hand, if not OUT/downloads")
+        add("--downloads", type=Path, help="folder of manual downloads [OUT/downloads]")
         if source == "c4":
             add("--train_shards", type=shard_list, default="0-28", help="of 0-1023, like 0-9,12")
             add("--val_shards", type=shard_list, default="0", help="of 0-7")

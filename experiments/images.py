@@ -260,7 +260,7 @@ def sample(classes, counts, size, seed):
 # ---- training ----
 
 def image_problem(make_net, images, labels, chunk=10**6):
-    """Groups are tenths of the samples by class frequency; one that a large class skips is not."""
+    """Groups are tenths of the samples by class frequency; those left empty are dropped."""
     labels = torch.from_numpy(labels)
     group = frequency_groups(labels.bincount()).unique(return_inverse=True)[1]
     torch.manual_seed(0)
