@@ -60,7 +60,7 @@ def gap(args):
         one = final_runs(name, args)
         start = {**one[0].settings, **MULTIPLIER_START}
         axes = *MULTIPLIERS, "lr", *METHODS[name]["axes"]
-        return {"one": one, "separate": final_runs(name, args, axes, **start)}
+        return {"one": one, "separate": final_runs(name, args, axes, fine=False, **start)}
     found = concurrently(both, METHODS, args)
     if args.dry:
         return None
@@ -95,7 +95,8 @@ def gap(args):
         "Each method at its best settings", table, rows, all_runs,
         f"Each method at the best settings that a search found at seed {SEED}, run at other seeds; "
         "where one of these diverged, the search went on below that learning rate. Learning rates "
-        "and clips are searched in steps of sqrt(10), and from the best in half of these. Separate "
+        "and clips are searched in steps of sqrt(10), and from the best in half of these; of the "
+        "two the better on the mean of the other seeds is shown. Separate "
         "learning rates: a second search, from where the first ended, over the same settings and "
         "over multipliers of the learning rate (for clipped SGD also of the update clip) of the "
         "embedding, lm_head and the other matrices. Mean and 95% interval (Student's t); gaps are "

@@ -119,18 +119,24 @@ def halved(grid):
     return sorted([*grid, *(float(f"{math.sqrt(a * b):.3g}") for a, b in zip(grid, grid[1:]))])
 
 
-def final_runs(name, args, only=None, **changes):
-    """A method at the best settings that a search finds, at last in half of its steps, at other
-    seeds than the search's; where one of these diverges, at the best settings below that learning
-    rate, and so on. Returns the best run of the search, all its runs and the seeds that were given
-    up, and the other seeds."""
+def final_runs(name, args, only=None, fine=True, **changes):
+    """A method at the best settings that a search finds, at other seeds than the search's. With
+    fine, these are also searched in half steps, and the better on the mean of the other seeds is
+    taken, since one seed may be lucky near the largest stable learning rate. Where a seed diverges
+    all goes on below that learning rate. Returns the best run of the search, all its runs and the
+    seeds that were given up, and the other seeds."""
     tried, below = [], math.inf
     while True:
-        best, coarse = search(name, args, only, below, **changes)
-        best, fine = search(name, args, only, below, fine=True, **best.settings)
+        best, found = search(name, args, only, below, **changes)
+        candidates, tried = {best.out: best}, tried + found
+        if fine:
+            finer, found = search(name, args, only, below, fine=True, **best.settings)
+            candidates, tried = {**candidates, finer.out: finer}, tried + found
         curve = {"eval_every": max(1, best.settings["steps"] // CURVE)} | args.override
-        runs = run_all(rerun_with_new_seeds(best, args, first=1, **curve), args)
-        tried += coarse + fine
+        finals = [(run, run_all(rerun_with_new_seeds(run, args, first=1, **curve), args))
+                  for run in candidates.values()]
+        best, runs = min(finals, key=lambda final: sum(run.loss for run in final[1]))
+        tried += sum([seeds for run, seeds in finals if run is not best], [])
         lower, below = next_below(LR_GRID, best.lr), best.lr
         if not any(run.diverged for run in runs) or lower is None:
             return best, list({run.out: run for run in tried}.values()), runs

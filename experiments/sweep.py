@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 import train
-from checkpoint import CODE, Busy, replace
+from checkpoint import CODE, Busy, git_commit, replace
 from loader import TokenDataset, UserError, access, fingerprint, read_meta
 
 TRAIN = Path(train.__file__)
@@ -424,7 +424,7 @@ def save_results(name, args, result):
     source = (f"{distinct(c['device'] for c in configs.values())} per run; "
               f"torch {distinct(c['versions']['torch'] for c in configs.values())}; "
               f"{distinct(c['started'][:10] for c in configs.values())}; "
-              f"commit {distinct(c['git_commit'] for c in configs.values())}; "
+              f"commit {git_commit()}; "  # the runs may be older, but of the same code
               f"{hours:.1f} hours of runs")
     if there := [run.out for run in ran if run.out not in STARTED]:
         print(f"{len(there)} of {len(runs)} runs were there, from commit "
