@@ -88,9 +88,9 @@ def length(args):
         "The gap to Adam against the length of training", table, rows, all_runs,
         f"Up to {FULL:g} tokens per parameter every setting is searched, from the best of the "
         "length before, and the best run repeated at other seeds; above, at the search's seed, the "
-        "step size (of clipped SGD the update clip, of others lr), momentum or betas, and whether the "
-        "update clip of clipped SGD on all rows is scheduled. Mean and 95% interval (Student's t) "
-        f"in the table, mean and range in the picture. {parameters:,} parameters.", draw, (1, 2))
+        "step size (of clipped SGD the update clip, of others lr), momentum or betas, and whether "
+        "the update clip of clipped SGD on all rows is scheduled. Mean and 95% interval (Student's "
+        f"t) in the table, mean and range in the picture. {parameters:,} parameters.", draw, (1, 2))
 
 
 def lengths(text):
