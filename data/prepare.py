@@ -7,11 +7,11 @@
     python data/prepare.py mnist --out=data/mnist     # no text: MNIST's four files
 
 A .bin is in llm.c's format: 256 int32 of header (magic, version, number of tokens), then uint16
-tokens. meta.json says "complete": true last of all; until then, the same command again keeps the
-finished shards and goes on, but waits while the first is at work. Downloads are huggingface_hub's,
-with its cache, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE; a file in OUT/downloads is used instead.
-A file of C4 is a shard, and not needed once that is there. More --train_shards than before extend
-the directory; no run can start on it until that is complete.
+tokens. meta.json says "complete": true last of all; until then, run the same command again to keep
+the finished shards and continue. A second process waits for the first. Downloads are
+huggingface_hub's, with its cache, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE; a file in OUT/downloads is
+used instead. Each C4 file becomes one shard and can be deleted afterwards. More --train_shards than
+before extend the directory; no run can start on it until that is complete.
 """
 import argparse
 import fcntl
@@ -25,7 +25,6 @@ import re
 import sys
 import zlib
 from collections import Counter
-from http.client import HTTPException
 from itertools import chain, islice
 from pathlib import Path
 from urllib.request import urlopen
@@ -48,11 +47,14 @@ def fail(message):
 def write(path, data):
     """Write all of the data, or leave the file as it was."""
     tmp = path.with_name(path.name + ".tmp")
-    with open(tmp, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(tmp, path)
+    try:
+        with open(tmp, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
 
 
 def lock(folder):
@@ -136,11 +138,12 @@ def cut(text):
     return [text[len(text) * i // n:len(text) * (i + 1) // n] for i in range(n)]
 
 
-def documents(args, split, files=None):
-    """Yield the documents of a split, or of files of it, that are not blank, in the same order."""
+def documents(args, split, numbers=None):
+    """Yield the documents of a split that are not blank, in a fixed order; of C4 also those of the
+    files with these numbers alone."""
     if args.source == "c4":
         name = "train.{:05d}-of-01024" if split == "train" else "validation.{:05d}-of-00008"
-        for i in files or getattr(args, f"{split}_shards"):
+        for i in numbers or getattr(args, f"{split}_shards"):
             path = hub_file(args, "dataset", "allenai/c4", f"en/c4-{name.format(i)}.json.gz")
             yield from filter(str.strip, read_documents(path))
         return
@@ -170,7 +173,7 @@ def hub_file(args, repo_type, repo, filename):
         # Without a network this fails at once, where hf_hub_download would try for long.
         hub.get_session().head(hub.constants.ENDPOINT, timeout=10)
         return Path(hub.hf_hub_download(repo, filename, repo_type=repo_type))
-    except (OSError, hub.errors.HTTPError, RuntimeError) as e:  # RuntimeError is hf_xet's
+    except Exception as e:  # a download fails in many ways
         reason = str(e.__cause__ or e).strip() or type(e).__name__
         fail(f"cannot download {filename} of {repo} ({reason.splitlines()[0]}): connect and run "
              f"this again, set HF_ENDPOINT to a mirror, or put the file at {by_hand}")
@@ -181,14 +184,15 @@ def mnist(args):
     lock(args.out)
     for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
         path = args.out / f"{name}-ubyte.gz"
+        if path.exists():
+            continue
         try:
-            if not path.exists():
-                data = urlopen(args.url + path.name, timeout=60).read()
-                gzip.decompress(data)
-                write(path, data)
-        except (OSError, EOFError, ValueError, zlib.error, HTTPException) as e:
+            data = urlopen(args.url + path.name, timeout=60).read()
+            gzip.decompress(data)
+        except Exception as e:  # as above
             fail(f"cannot download {args.url}{path.name} ({e}): connect and run this again, "
                  f"choose a mirror with --url, or put the file at {path}")
+        write(path, data)
 
 
 def tokenizer_model(args):
@@ -245,8 +249,7 @@ class Tokenizer:
             bpe = tiktoken.get_encoding(name)
             self.encode = bpe.encode_ordinary_batch
             self.vocab_size, self.eos_id, self.pad_id = bpe.n_vocab, bpe.eot_token, -1
-            pieces = sorted(bpe._mergeable_ranks, key=bpe._mergeable_ranks.get)
-            self.name, self.sha256 = name, hashlib.sha256(b"".join(pieces)).hexdigest()
+            self.name, self.sha256 = name, None
 
 
 def in_shards(texts, args):
@@ -280,6 +283,8 @@ def write_shard(path, texts, t, args):
             flat = chain.from_iterable((*ids, t.eos_id) for ids in encoded)
             tokens = np.fromiter(flat, dtype="<u2")
         data += tokens.tobytes()
+        if len(data) >= 2**32:  # the header counts the tokens in an int32
+            fail(f"{path} would have 2^31 tokens or more: lower --seq_len, or --layout=stream")
     if not count:
         fail(f"no documents for {path}: replace the file that it is made of")
     data[:12] = np.array([20240520, 1, len(data) // 2 - 512], dtype="<i4").tobytes()
@@ -296,11 +301,13 @@ def prepare(args):
     if args.source == "python":
         settings["python"] = sys.version.split()[0]
     if args.source == "packages":  # without what names a build, as in 2.13.0+cpu
-        versions = {name: importlib.metadata.version(name) for name in packages()}
-        settings["packages"] = {name: text.split("+")[0] for name, text in versions.items()}
+        settings["packages"] = {name: importlib.metadata.version(name).split("+")[0]
+                                for name in packages()}
     if args.source == "files":
         digests = [hashlib.file_digest(open(path, "rb"), "sha256") for path in args.paths]
         settings["files"] = [[p.name, d.hexdigest()] for p, d in zip(args.paths, digests)]
+    if args.tokenizer not in ("t5", "gpt2") and Path(args.tokenizer).is_file():
+        settings["tokenizer"] = hashlib.sha256(Path(args.tokenizer).read_bytes()).hexdigest()
 
     lock(args.out)
     # A directory with the same settings is finished, one with other data is left alone.
@@ -389,9 +396,12 @@ def shard_list(text):
     """The numbers that text such as 0-2,7 lists."""
     numbers = []
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        numbers += range(int(first), int(last or first) + 1)
-    if not numbers or max(numbers) > 1023 or len(set(numbers)) < len(numbers):
+        first, dash, last = part.partition("-")
+        those = range(int(first), int(last if dash else first) + 1)
+        if not those:
+            raise ValueError
+        numbers += those
+    if max(numbers) > 1023 or len(set(numbers)) < len(numbers):
         raise ValueError
     return sorted(numbers)
 
@@ -434,11 +444,11 @@ def main():
         args.downloads = args.downloads or args.out / "downloads"
         prepare(args)
     except KeyboardInterrupt:
-        fail("stopped; the same command goes on where it was")
+        fail("stopped: run the same command again to continue")
     except importlib.metadata.PackageNotFoundError as e:
         fail(f"the package {e.name} is not installed: pip install -r requirements.txt")
     except OSError as e:  # a missing file, a full disk, a folder that cannot be written
-        fail(f"{e.filename or args.out}: {e.strerror or e}; the same command goes on where it was")
+        fail(f"{e.filename or args.out}: {e.strerror or e}: mend this and run the same command again")
 
 
 if __name__ == "__main__":

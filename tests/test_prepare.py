@@ -165,9 +165,23 @@ def test_the_tokenizer_of_settings_that_were_given_up_is_not_used(text, tmp_path
     one_line(prepare(*words, "--tokenizer=train:300", **small_files(5_200)), "File too large")
     assert model.exists() and not list(tmp_path.glob("*.bin"))
     one_line(prepare(*words, "--tokenizer=train:600", **small_files(2_000)), "File too large")
+    assert not list(tmp_path.glob("*.tmp"))  # which would keep a full disk full
     done = prepare(*words, "--tokenizer=train:600")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "meta.json").read_text())["vocab_size"] == 600
+
+
+def test_a_tokenizer_is_known_by_its_content(text, stream, tmp_path):
+    mine, copy, out = tmp_path / "mine.model", tmp_path / "copy.model", tmp_path / "out"
+    for path in (mine, copy):
+        path.write_bytes((stream / "tokenizer.model").read_bytes())
+    words = ("files", text, f"--out={out}")
+    assert prepare(*words, f"--tokenizer={mine}").returncode == 0
+    assert "nothing to do" in prepare(*words, f"--tokenizer={copy}").stdout
+    other = prepare("files", text, f"--out={tmp_path / 'b'}", "--tokenizer=train:300")
+    assert other.returncode == 0
+    mine.write_bytes((tmp_path / "b" / "tokenizer.model").read_bytes())
+    one_line(prepare(*words, f"--tokenizer={mine}"), "other settings", "choose another --out")
 
 
 def test_settings_can_change_as_long_as_there_is_no_shard(text, stream, tmp_path):
@@ -475,7 +489,7 @@ def test_max_chars_is_checked(tmp_path):
     one_line(prepare("python", f"--out={tmp_path}", "--max_chars=0"), "--max_chars")
 
 
-@pytest.mark.parametrize("shards", ["5-2", "1024", "x", "1,1", "", "-1"])
+@pytest.mark.parametrize("shards", ["5-2", "0-3,9-7", "7-", "1024", "x", "1,1", "", "-1"])
 def test_bad_shard_ranges_are_one_line(tmp_path, shards):
     done = prepare("c4", f"--out={tmp_path / 'out'}", f"--train_shards={shards}")
     one_line(done, "--train_shards")
@@ -612,7 +626,7 @@ def test_c4_goes_on_and_extends_without_the_finished_files(tmp_path, stream):
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 1 and stderr == (
-        "prepare.py: stopped; the same command goes on where it was\n")
+        "prepare.py: stopped: run the same command again to continue\n")
     first = state()
     assert len(first) == 21 and "train_000020.bin" not in first
     one_line(prepare(*words, "--train_shards=0-37"), "other settings or files", "--out")
@@ -672,7 +686,9 @@ def test_a_download_that_fails_is_one_line(server, tmp_path, stream, faults, wor
     assert c4(stream, env, out).returncode == 0  # the same command goes on
 
 
-@pytest.mark.parametrize("more, word", [({}, "refused"), ({"HF_HUB_OFFLINE": "1"}, "offline")])
+@pytest.mark.parametrize("more, word", [
+    ({}, "refused"), ({"HF_HUB_OFFLINE": "1"}, "offline"),
+    ({"ALL_PROXY": "socks5://127.0.0.1:9"}, "socksio"), ({"ALL_PROXY": "socks://x"}, "socks")])
 def test_no_network_is_one_line_at_once_and_files_put_by_hand_help(
         server, tmp_path, stream, more, word):
     env, out, began = hub(tmp_path, NOWHERE, **more), tmp_path / "out", time.monotonic()
@@ -763,6 +779,10 @@ def test_mnist_that_fails_is_one_line(tmp_path, fault, word):
     one_line(done, f"{server.url}{MNIST[2]}", word, "--url", f"put the file at {out / MNIST[2]}")
     assert digest(out).keys() == set(MNIST[:2])
     server.files[MNIST[2]] = gzip.compress(b"whole")
+    full = prepare("mnist", f"--out={out}", f"--url={server.url}", preexec_fn=lambda: (
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9, 9))))
+    one_line(full, "File too large")
+    assert "download" not in full.stderr
     assert prepare("mnist", f"--out={out}", f"--url={server.url}").returncode == 0
     server.shutdown()
     server.server_close()
