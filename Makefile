@@ -35,9 +35,10 @@ frequency: $(READY)  ## the loss of frequent and rare tokens along training; sha
 demo gap lr ablation batch dynamics thresholds frequency:
 	$(PY) -m experiments.adam_sgd_gap $@ $(OPTIONS)
 
-length: .venv/installed $(if $(DRY),,data/packages)  ## the gap against tokens per parameter, up to 20; SCALE=micro: five hours
+LONG := $(if $(filter command,$(origin DATA)),$(DATA),data/packages)
+length: DATA = $(LONG)
+length: .venv/installed $(if $(DRY),,$(LONG))  ## the gap against tokens per parameter, up to 20; SCALE=micro: five hours
 	$(PY) -m experiments.length $(OPTIONS)
-length: DATA = data/packages
 
 paper: $(READY)  ## at SCALE the paper's comparison at stated settings, no search: four runs
 	$(PY) -m experiments.paper $(OPTIONS)

@@ -28,10 +28,11 @@ from train import Settings
 
 
 def demo(args):
-    page = Path(f"results/{args.scale}/gap.json")
-    if not page.exists():
-        raise UserError(f"{page} is missing, and the demo runs at its settings: restore it, or run "
-                        f"`make gap SCALE={args.scale}` first")
+    pages = [Path(f"results/{args.scale}/gap{suffix}.json") for suffix in (args.data_suffix, "")]
+    page = next(filter(Path.exists, pages), None)
+    if page is None:
+        raise UserError(f"{pages[0]} is missing, and the demo runs at its settings: restore it, or "
+                        f"run `make gap SCALE={args.scale} DATA={args.data}` first")
     settings, best = {field.name for field in fields(Settings)}, {}
     for row in json.loads(page.read_text())["rows"]:
         if row["role"] == "seed" and row["method"] in NAMES:  # the first of each
@@ -46,8 +47,8 @@ def demo(args):
          for run, row in zip(runs, rows)])
     return ExperimentResult(
         "Adam, SGD and clipped SGD side by side", table, rows, runs,
-        f"The first seed of four methods of {page.with_suffix('.md')}, with one learning rate for "
-        "all tensors, each at its best settings.",
+        f"Four methods at the best settings and the first seed of {page.with_suffix('.md')}, with "
+        "one learning rate for all tensors.",
         lambda axes: plot_losses(axes, {run.label: [run] for run in runs}))
 
 
@@ -95,13 +96,13 @@ def gap(args):
         "Each method at its best settings", table, rows, all_runs,
         f"Each method at the best settings that a search found at seed {SEED}, run at other seeds; "
         "where one of these diverged, the search went on below that learning rate. Learning rates "
-        "and clips are searched in steps of sqrt(10), and from the best in half of these; of the "
-        "two the better on the mean of the other seeds is shown. Separate "
-        "learning rates: a second search, from where the first ended, over the same settings and "
-        "over multipliers of the learning rate (for clipped SGD also of the update clip) of the "
-        "embedding, lm_head and the other matrices. Mean and 95% interval (Student's t); gaps are "
-        "taken seed by seed, one learning rate to one, separate to separate; shares clipped are of "
-        "the first seed.", draw, (1, 2))
+        "and clips are searched in steps of sqrt(10), then, with one learning rate for all tensors, "
+        "from the best in half of these; of the two the better on the mean of the other seeds is "
+        "shown. Separate learning rates: a second search, from where the first ended, over the "
+        "same settings and over multipliers of the learning rate (for clipped SGD also of the "
+        "update clip) of the embedding, lm_head and the other matrices. Mean and 95% interval "
+        "(Student's t); gaps are taken seed by seed, one learning rate to one, separate to "
+        "separate; clipped shares are those of the first seed.", draw, (1, 2))
 
 
 def lr(args):
@@ -194,9 +195,9 @@ def ablation(args):
     return ExperimentResult(
         "Which clip, at which learning rate", table, rows, runs,
         "Clips at the maximum stable learning rate of SGD with momentum and at clipped SGD's. "
-        "Searched: Adam; per-tensor normalized SGD; and clipped SGD by whose rows are clipped, "
-        "with the update clip constant or on the schedule. Final runs have other seeds than the "
-        "search. Shares clipped are of the first.",
+        "Searched: Adam; per-tensor normalized SGD; and clipped SGD by which matrices' rows are "
+        "clipped, with the update clip constant or on the schedule. Final runs have other seeds "
+        "than the search. Clipped shares are those of the first seed.",
         draw, (2, 1))
 
 
@@ -245,7 +246,7 @@ def batch(args):
     return ExperimentResult(
         "The gap to Adam against the batch size", table, rows, runs,
         "The gap to Adam against the batch size at a fixed number of tokens, each method at its "
-        "best learning rate (clipped SGD: and update clip) at that size.", draw)
+        "best learning rate (for clipped SGD, also the update clip) at that size.", draw)
 
 
 def dynamics(args):
@@ -267,7 +268,7 @@ def dynamics(args):
     table = markdown_table(
         ("method", "sequences per batch", "lr", "validation loss",
          *(f"{text} (median)" for text in quantities.values()),
-         "spikes among the steps from 100 on"), lines)
+         "spikes among the steps after the first 100"), lines)
 
     def draw(panels):
         for axes, (key, text) in zip(panels.flat, quantities.items()):
@@ -280,7 +281,8 @@ def dynamics(args):
     return ExperimentResult(
         "Training dynamics in small and large batches", table, rows,
         sum([tried for _, tried in found.values()], []),
-        "Each method at its best learning rate (clipped SGD: and update clip) at that batch size. "
+        "Each method at its best learning rate (for clipped SGD, also the update clip) at that "
+        "batch size. "
         "A spike is a gradient norm above 5 x the median of the 100 steps before.", draw, (2, 2))
 
 
@@ -339,6 +341,10 @@ def frequency(args):
     if args.dry:
         return None
     final = {name: runs for name, (_, _, runs) in found.items()}
+    for run in finished(sum(final.values(), [])):
+        if "group_losses" not in run.evals[-1]:
+            raise UserError(f"{run.out} ran while token_counts.npy was missing: move it and its "
+                            "like away, and start again")
     counts = token_counts(args.data, read_meta(args.data)["vocab_size"])
     rows, losses = [], {}
     for name, runs in final.items():
@@ -359,7 +365,7 @@ def frequency(args):
                       interval_text(closed, ".0%")))
     lines[10] = ("all", f"{len(group):,}", *map(outcomes, final.values()), lines[10][-1])
     table = markdown_table(("group, frequent to rare", "token classes", *names,
-                            "of the gap of SGD with momentum, clipped SGD closes"), lines)
+                            "share of the gap of SGD with momentum that clipped SGD closes"), lines)
 
     def draw(panels):
         for axes, name in zip(panels, names):

@@ -182,6 +182,8 @@ def main():
     parser.add_argument("--data", default="data/python", help="data directory")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    if args.batch is not None and (args.batch < 2 or args.batch % 2):
+        parser.error(f"--batch={args.batch}: two processes share it: give an even number")
     for part in args.part:
         parts[part](args)
     print(f"\n{hardware(DEVICE)}, torch {torch.__version__}")

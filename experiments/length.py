@@ -4,15 +4,14 @@
     python -m experiments.length --scale=nano --lengths=0.4,2
 
 Every length is a run of its own, with its own schedule. Up to FULL tokens per parameter all
-settings of a method are searched, above its step size and those in LONG; the search begins at the
-best settings of the length before.
+settings of a method are searched, beyond that its step size and the settings in LONG. The search
+begins at the best settings of the length before.
 """
 import argparse
 from statistics import fmean
 
 from experiments.methods import (
-    GAP_HEAD, METHODS, gap_cells, main, method, resized, search, search_rows)
-from experiments.paper import data_shape
+    GAP_HEAD, METHODS, data_shape, gap_cells, main, method, resized, search, search_rows)
 from experiments.sweep import (
     STYLES, ExperimentResult, concurrently, finished, gap_to, mark_diverged, markdown_table,
     rerun_with_new_seeds, run_all)
@@ -77,7 +76,8 @@ def length(args):
                 axes.vlines(list(points), [min(values) for values in points.values()],
                             [max(values) for values in points.values()],
                             color=STYLES[name]["color"])
-            mark_diverged(panels[0], [n for n in shapes if not losses[n]], STYLES[name])
+            mark_diverged(panels[0], [n for n in shapes if any(
+                run.diverged for run in found[name][n][-1])], STYLES[name])
         panels[0].set_ylabel("final loss (nats per token)")
         panels[1].set_ylabel("gap to Adam (% of its loss)")
         for axes in panels:

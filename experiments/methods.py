@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 
 import train
+from checkpoint import git_commit
 from experiments.sweep import (
     LR_GRID, STYLES, Run, coordinate_search, finished, fmt, gap_to, interval_text, mark_diverged,
     next_below, outcomes, plot_seeds, rerun_with_new_seeds, run_all, save_results, stop_all)
-from loader import UserError
+from loader import UserError, read_meta
 from model import Config
 
 SEED = 42  # of searches; final runs have others
@@ -84,7 +85,7 @@ METHODS = {
 FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 MULTIPLIERS = dict.fromkeys(("embedding_mult", "lm_head_mult", "matrix_mult"), FACTORS)
 MULTIPLIER_START = {"embedding_mult": 16.0, "lm_head_mult": 4.0, "matrix_mult": 1.0}
-FINE = "lr", "grad_clip", "update_clip", "token_clip", "row_clip"  # in half of their steps, at last
+FINE = "lr", "grad_clip", "update_clip", "token_clip", "row_clip"  # finally also in half steps
 
 
 # ---- parts of experiments ----
@@ -167,9 +168,9 @@ GAP_HEAD = "validation loss", "perplexity", "gap to Adam", "gap, nats"
 def lr_grid(name, args, **changes):
     """Runs of a method at five learning rates, from one below its start to three above."""
     start = method(name, args).lr
-    i = LR_GRID.index(min(LR_GRID, key=lambda value: abs(math.log(value / start))))
+    above = [value for value in LR_GRID if value > start]
     return [method(name, args, **changes, lr=value)
-            for value in (LR_GRID[i - 1], start, *LR_GRID[i + 1:i + 4])]
+            for value in (next_below(LR_GRID, start), start, *above[:3])]
 
 
 def stable_lr_text(runs):
@@ -178,6 +179,14 @@ def stable_lr_text(runs):
     below = runs[:diverged.index(True)] if any(diverged) else runs
     lrs = [f"{run.lr:g}" for run in finished(below)] or ["-"]
     return f"at least {lrs[-1]}" if finished(runs) and below == runs else lrs[-1]
+
+
+def data_shape(data):
+    """Vocabulary and sequence length of the data, or of the paper's if it is not there yet."""
+    if not Path(data).is_dir():
+        return 32000, 256
+    meta = read_meta(data)
+    return meta["vocab_size"], meta["seq_len"]
 
 
 def resized(s, args, batch_size, steps):
@@ -232,7 +241,9 @@ def plot_by_lr(axes, runs, style, label):
 
 # ---- the command line ----
 
-SEEDED = ("gap", "ablation", "frequency", "spikes", "paper", "length")  # --seeds acts in these
+# final runs, where --seeds changes their number
+SEEDS = {"gap": 5, "frequency": 5, "ablation": 3, "spikes": 3, "length": 3, "paper": 1}
+SEARCHES = ("gap", "frequency", "ablation", "length")  # over all axes
 
 
 def overrides(words, parser):
@@ -258,7 +269,7 @@ def main(experiments, data="data/python", **more):
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, allow_abbrev=False,
         epilog="Any other --name=value is a setting of train.py for all runs.")
-    option, cores = parser.add_argument, min(8, torch.get_num_threads())
+    option = parser.add_argument
     option("name", choices=experiments, nargs="?", default=next(iter(experiments)))
     option("--scale", choices=SCALES, default="nano")
     option("--data", default=data, help="data directory, made by data/prepare.py")
@@ -267,27 +278,31 @@ def main(experiments, data="data/python", **more):
     option("--seeds", type=int, choices=range(1, 11), metavar="N",
            help="of final runs [3; 5 in gap and frequency, 1 in paper]")
     option("--nproc", type=int, default=1, help="processes per run, by torchrun [1]")
-    option("--jobs", type=int, default=torch.cuda.device_count() or cores,
-           help="runs at a time [one per GPU, or per core of a CPU, at most 8]")
+    option("--jobs", type=int,
+           help="runs at a time [1 of several processes, else a GPU or a core each, at most 8]")
     option("--dry", action="store_true", help="print the commands of the runs that are missing")
     option("--tune", action="store_true", help="begin a search at a scale beyond nano")
     args, others = parser.parse_known_args()
-    if args.seeds and args.name not in SEEDED:
+    if args.seeds and args.name not in SEEDS:
         parser.error(f"--seeds does nothing in {args.name}: drop it")
+    if args.jobs is None:
+        devices = torch.cuda.device_count() or torch.get_num_threads()
+        args.jobs = min(8, devices) if args.nproc == 1 else 1
     if min(args.jobs, args.nproc) < 1:
         parser.error("--jobs and --nproc start at 1")
     args.override, args.data = overrides(others, parser), args.data.rstrip("/")
     # what is not the default is in the page's name
-    args.suffix = "" if args.data == data else f"-{Path(args.data).name}"
+    args.data_suffix = "" if args.data == data else f"-{Path(args.data).name}"
+    args.suffix = args.data_suffix
     for name, (_, value) in more.items():
         if getattr(args, name) != value:
             args.suffix += f"-{name}" + ",".join(f"{x:g}" for x in getattr(args, name))
-    default = {"paper": 1, "gap": 5, "frequency": 5}.get(args.name, 3)
+    default = SEEDS.get(args.name)
     args.suffix += "" if args.seeds in (None, default) else f"-seeds{args.seeds}"
     args.seeds = args.seeds or default
     args.suffix += "".join(f"-{name}{value}" for name, value in args.override.items())
     args.command = f"python -m experiments.{Path(sys.argv[0]).stem} {shlex.join(sys.argv[1:])}"
-    args.pool = ThreadPoolExecutor(args.jobs)
+    args.pool, args.commit = ThreadPoolExecutor(args.jobs), git_commit()
 
     try:
         if args.scale not in SMALL and args.name not in ("demo", "paper") and not (
@@ -295,8 +310,11 @@ def main(experiments, data="data/python", **more):
             raise UserError(f"at {args.scale} this is many runs: `make cost TARGET={args.name} "
                             f"SCALE={args.scale}` says how many and how long, TUNE=1 or --tune "
                             "begins, `make paper` has four runs")
-        for name in METHODS:  # a setting that does not suit them all ends it here
+        for name, spec in METHODS.items():  # a setting that does not suit them all ends it here
             method(name, args)
+            if args.name in SEARCHES:
+                method(name, args, **{axis: grid[-1] for axis, grid in spec["axes"].items()
+                                      if axis not in args.override})
         if not args.dry:
             signal.signal(signal.SIGTERM, stop_all)
             signal.signal(signal.SIGINT, stop_all)

@@ -9,27 +9,18 @@ import re
 import sys
 from pathlib import Path
 
-import torch
-
 from experiments.adam_sgd_gap import EXPERIMENTS
 from experiments.bench import PEAK_FLOPS
 from experiments.methods import (
-    NAMES, SCALES, main, method, overrides, plot_losses, state_bytes)
+    NAMES, SCALES, SMALL, data_shape, main, method, overrides, plot_losses, state_bytes)
 from experiments.sweep import (
     ExperimentResult, fmt, gap_to, interval_text, markdown_table, outcomes, rerun_with_new_seeds,
     run_all)
-from loader import UserError, read_meta
+from loader import UserError
 from model import Config
 
 C4_DOCUMENTS, C4_GB = 364_868_892 / 1024, 305 / 1024  # of one of its 1,024 files (its data card)
-
-
-def data_shape(data):
-    """Vocabulary and sequence length of the data, or of the paper's if it is not there yet."""
-    if not Path(data).is_dir():
-        return 32000, 256
-    meta = read_meta(data)
-    return meta["vocab_size"], meta["seq_len"]
+SHARES = {"spikes": 1 / 2, "thresholds": None, "length": None}  # a run's share of the scale's tokens
 
 
 def memory(s, vocab, seq_len):
@@ -49,16 +40,17 @@ def memory(s, vocab, seq_len):
     return {part: size / 2**30 for part, size in parts.items()}
 
 
-def number_of_runs(target):
-    """Of a target: four for the paper's comparison, otherwise as many as the page at nano had."""
+def number_of_runs(target, seeds):
+    """Of a target: four per seed for the paper's comparison, otherwise as many as the page at nano
+    had."""
     if target == "paper":
-        return len(NAMES), "stated settings, one seed"
+        return len(NAMES) * seeds, f"stated settings, {'one seed' if seeds == 1 else f'{seeds} seeds'}"
     page = Path(f"results/nano/{target}.md")
     found = re.search(r"(\d+) runs, seed", page.read_text()) if page.exists() else None
     return (int(found[1]), f"as in {page}") if found else (None, f"{page} does not say")
 
 
-def cost(args, target="paper", gpus=8, peak=989e12, mfu=0.4):
+def cost(args, target="paper", seeds=1, gpus=8, peak=989e12, mfu=0.4):
     """The table of what one run takes, and all runs of a target, on GPUs of `peak` FLOP/s (default:
     an H100's, dense bf16) of which they reach the share `mfu`."""
     vocab, seq_len = data_shape(args.data)
@@ -66,7 +58,7 @@ def cost(args, target="paper", gpus=8, peak=989e12, mfu=0.4):
     config, sequences = Config.named(s["model"], vocab), s["steps"] * s["batch_size"]
     tokens, per_token = sequences * seq_len, config.flops_per_token(seq_len)
     hours = tokens * per_token / (gpus * peak * mfu) / 3600
-    runs, source = number_of_runs(target)
+    runs, source = number_of_runs(target, seeds)
     lines = [("parameters", f"{config.parameters:,}"),
              ("tokens", f"{tokens:,} ({s['steps']} x {s['batch_size']} x {seq_len})"),
              ("FLOPs", f"{tokens * per_token:.3g} ({per_token:.3g} per token)"),
@@ -78,12 +70,12 @@ def cost(args, target="paper", gpus=8, peak=989e12, mfu=0.4):
         lines.append((f"GiB per GPU, {name}", f"{sum(parts.values()):.2f} ({sizes})"))
         checkpoint = (4 + state_bytes(found, vocab)) * config.parameters / 2**30
         lines.append((f"GiB of a checkpoint, {name}", f"{checkpoint:.2f}, twice while it is saved"))
-    if args.scale != "nano":
+    if args.scale not in SMALL:
         files = math.ceil(sequences / C4_DOCUMENTS)
         lines.append(("C4 files for one epoch, in rows", f"{files}, {files * C4_GB:,.0f} GB"))
     lines.append((f"runs of {target}, {source}", str(runs or "-")))
-    if runs:
-        lines.append((f"hours of {target}", f"{runs * hours:,.1f}"))
+    if runs and (share := SHARES.get(target, 1)):
+        lines.append((f"hours of {target}", f"{runs * share * hours:,.1f}"))
         kept = runs * 4 * config.parameters / 2**30 if target == "paper" else 0
         lines.append(("GiB kept of finished runs", f"{kept:,.1f}" + " (weights)" * bool(kept)))
     return markdown_table((f"one run of {args.scale}", ""), lines)
@@ -91,9 +83,11 @@ def cost(args, target="paper", gpus=8, peak=989e12, mfu=0.4):
 
 def paper(args):
     """No search: clipped SGD as it was released, the others at our settings."""
-    print(f"{cost(args, gpus=args.nproc)}\n\nThe model, batch, steps and the settings of clipped "
-          "SGD are the paper's at 130m, 350m and 1b; those of the other methods are ours, not "
-          "tuned at this scale.\n", file=sys.stderr if args.dry else sys.stdout, flush=True)
+    source = "No search: clipped SGD with the released settings, the others with ours, untuned here."
+    if args.scale in SMALL:
+        source = "No search: the best settings of an earlier one at nano."
+    print(f"{cost(args, seeds=args.seeds, gpus=args.nproc)}\n\n{source}\n",
+          file=sys.stderr if args.dry else sys.stdout, flush=True)
     steps = args.override.get("steps", SCALES[args.scale]["steps"])
     curve = {"eval_every": max(1, steps // 10), "keep": "weights", **args.override}
     found = {name: rerun_with_new_seeds(method(name, args, **curve), args) for name in NAMES}
@@ -101,22 +95,21 @@ def paper(args):
     if args.dry:
         return None
     vocab, seq_len = data_shape(args.data)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    peak = PEAK_FLOPS.get(device)  # FLOP/s of a GPU
     adams, rows, lines = found["Adam"], [], []
     for name, runs in found.items():
         rows += [run.row(adam) for run, adam in zip(runs, adams)]
         speed = rows[-1]["tok_per_s"]
         per_token = Config.named(rows[-1]["model"], vocab).flops_per_token(seq_len)
-        mfu = speed * per_token / (args.nproc * peak) if speed and peak else None
+        config = runs[-1].config if speed else {"device": None}
+        peak = PEAK_FLOPS.get(config["device"])  # FLOP/s of a GPU
+        mfu = speed * per_token / (config["world_size"] * peak) if speed and peak else None
         lines.append((name, runs[0].settings_text, outcomes(runs),
                       interval_text(map(gap_to, adams, runs), "+.1%"), fmt(speed, ",.0f"),
                       fmt(mfu, ".0%")))
     table = markdown_table(("method", "settings", "validation loss", "gap to Adam", "tokens/s",
                             "MFU"), lines)
     return ExperimentResult(
-        "The paper's comparison", table, rows, sum(found.values(), []),
-        "No search: clipped SGD with the released settings, the other methods with ours.",
+        "The paper's comparison", table, rows, sum(found.values(), []), source,
         lambda axes: plot_losses(axes, found))
 
 
@@ -136,7 +129,7 @@ def cost_main(words):
         parser.error("--gpus, --peak and --mfu must be above 0")
     args.override = overrides(others, parser)
     try:
-        print(cost(args, args.target, args.gpus, args.peak, args.mfu))
+        print(cost(args, args.target, 1, args.gpus, args.peak, args.mfu))
     except UserError as e:
         sys.exit(f"cost: {e}")
 

@@ -18,7 +18,8 @@ VARIANTS = {
     "Embed Detach": {"init": "small", "embedding": "detach"},
     "Embed LN": {"init": "small", "embedding": "norm"},
     "Scaled Embed": {"init": "small", "embedding": "scale"},
-    # ours: half of what the factor sqrt(width) in the forward pass of Scaled Embed does to Adam
+    # ours. Scaled Embed both enlarges the embedding and, under Adam, speeds up its steps: Large
+    # Embed does the first alone, Fast Embed (below) the second
     "Large Embed": {"init": "small", "embedding": "large"},
 }
 METHODS = ("Adam", "SGD with momentum", "clipped SGD")
@@ -27,9 +28,8 @@ METHODS = ("Adam", "SGD with momentum", "clipped SGD")
 def spikes(args):
     for name in ("embedding", "init", "embedding_mult", "grad_clip"):
         if name in args.override:
-            raise UserError(f"the models differ by this, or must not: drop --{name}")
+            raise UserError(f"it sets {name} itself: drop --{name}")
     s = method("Adam", args).settings
-    # ours, the other half
     factor = SIZES[s["model"]][0] ** 0.5
     variants = VARIANTS | {"Fast Embed": {"init": "small", "embedding_mult": factor}}
     styles = dict(zip(variants, STYLES.values(), strict=True))

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 import train
-from checkpoint import CODE, Busy, git_commit, replace
+from checkpoint import CODE, Busy, replace
 from loader import TokenDataset, UserError, access, fingerprint, read_meta
 
 TRAIN = Path(train.__file__)
@@ -115,7 +115,13 @@ class Run:
     def settings_text(self):
         values = {name: self.settings.get(name) for name in self.axes}
         return ", ".join(f"{name} {value}" if value is True else f"{name} {value:g}"
-                         for name, value in values.items() if value not in (None, False))
+                         for name, value in values.items()
+                         if value is not None and value is not False)
+
+    @property
+    def config(self):
+        """config.json: its settings, hardware and versions."""
+        return json.loads((self.out / "config.json").read_text())
 
     @property
     def spikes(self):
@@ -169,6 +175,8 @@ def start(run, nproc):
     """Run it, with its output on stdout. If it fails, FAILED says why. Returns the exit status."""
     if STOPPING.is_set():
         return None
+    if code_hash.__wrapped__() != code_hash():
+        raise UserError("the code was edited since this began: start again, finished runs are kept")
     number, reason = f"[{next(NUMBERS)}]", "see its output"
 
     def show(line):
@@ -183,8 +191,9 @@ def start(run, nproc):
         head += f"   {number} READS ITS TEXT {run.epochs:.1f} TIMES\n"
     print(head, end="", flush=True)  # in one piece: other threads print, too
     status = execute(run, nproc, show)
-    if status == Busy.status:  # another table runs it
-        STOPPING.wait(timeout=5)
+    if status and "another process is at work" in reason:  # another table; torchrun exits with 1
+        status = Busy.status
+        STOPPING.wait(timeout=10)
     elif (status or not run.read()) and not STOPPING.is_set():
         FAILED[run.out] = f"{reason} (exit status {status})"
         print(f"   {number} FAILED: {FAILED[run.out]}", file=sys.stderr)
@@ -399,17 +408,17 @@ def plot_seeds(axes, x, ys, style, label=None):
 
 
 def mark_diverged(axes, xs, style):
-    """Crosses at xs in a strip above the axes, labelled "diverged", each call in a row of its own,
-    at most five."""
+    """Crosses at xs in a strip above the axes, labelled "diverged", each call in its own row."""
     if not xs:
         return
     if not axes.child_axes:
         strip = axes.inset_axes((0, 1.03, 1, 0.15), sharex=axes)
-        strip.set(ylim=(4.7, -0.7), yticks=[])
+        strip.set_yticks([])
         strip.tick_params(which="both", bottom=False, labelbottom=False)
         strip.set_ylabel("diverged", rotation=0, ha="right", va="center")
     strip = axes.child_axes[0]
     strip.plot(xs, [len(strip.lines)] * len(xs), "x", color=style["color"], markersize=5)
+    strip.set_ylim(max(5, len(strip.lines)) - 0.3, -0.7)
 
 
 def save_results(name, args, result):
@@ -419,13 +428,15 @@ def save_results(name, args, result):
     if not ran:
         raise UserError(f"none of {len(runs)} runs finished, the last: {result.runs[-1].outcome}")
     # where and when they ran
-    configs = {run.out: json.loads((run.out / "config.json").read_text()) for run in ran}
-    hours = sum(run.final["seconds"] for run in ran) / 3600
-    source = (f"{distinct(c['device'] for c in configs.values())} per run; "
+    configs = {run.out: run.config for run in ran}
+    devices = [("" if c["world_size"] == 1 else f"{c['world_size']} x ") + c["device"]
+               for c in configs.values()]
+    hours = sum(run.final["seconds"] for run in ran) / 3600  # without evaluations
+    source = (f"{distinct(devices)} per run; "
               f"torch {distinct(c['versions']['torch'] for c in configs.values())}; "
               f"{distinct(c['started'][:10] for c in configs.values())}; "
-              f"commit {git_commit()}; "  # the runs may be older, but of the same code
-              f"{hours:.1f} hours of runs")
+              f"commit {args.commit}; "  # the runs may be older, but of the same code
+              f"{hours:.1f} hours of training")
     if there := [run.out for run in ran if run.out not in STARTED]:
         print(f"{len(there)} of {len(runs)} runs were there, from commit "
               f"{distinct(configs[out]['git_commit'] for out in there)}")
@@ -441,7 +452,7 @@ def save_results(name, args, result):
     if failed := [run for run in runs if not run.final]:
         caption += (f" **{len(failed)} of {len(runs)} runs failed** "
                     f"({distinct(run.label for run in failed)}): a search passes over a failed "
-                    "run, so that there may be better settings.")
+                    "run, so better settings may exist.")
     stem = Path(f"results/{args.scale}/{name}{args.suffix}")
     write_page(stem, result, caption, source, args.command, {"config": configs[ran[0].out]})
 

@@ -158,6 +158,19 @@ def test_edited_code_is_run_again_and_an_edited_comment_is_not(stream, tmp_path)
         folders.append({line.rpartition("--out=")[2] for line in done.stdout.splitlines()})
     first, comment, code = folders
     assert first == comment and not first & code and len(first) == len(code) == 4
+    # edited while a table is at work: the runs after it would be of other code than the first
+    table = subprocess.Popen(
+        [sys.executable, "-m", "experiments.adam_sgd_gap", "demo", f"--data={stream}", "--jobs=1",
+         *settings(steps=100)], cwd=tmp_path, text=True, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE)
+    while not list(tmp_path.glob("runs/*/metrics.jsonl")):
+        assert table.poll() is None
+        time.sleep(0.1)
+    optim.write_text(text)
+    _, err = table.communicate(timeout=60)
+    assert table.returncode == 1 and len(list(tmp_path.glob("runs/*"))) == 1
+    assert err == ("demo: the code was edited since this began: start again, finished runs are "
+                   "kept\n")
 
 
 def test_two_tables_at_once_finish_both(stream, tmp_path):
@@ -177,6 +190,8 @@ def test_settings_that_train_refuses_stop_everything(stream, tmp_path):
     for name, *words, expected in (
             ("lr", f"--data={stream}", *settings(steps=-1), "--steps=-1: it must be above 0"),
             ("gap", "--momentum=0.5", "--momentum=0.5: it does nothing for adamw"),
+            # what the search of clipped SGD on all rows would try after hours
+            ("gap", f"--data={stream}", "--min_lr=0", "--schedule_update_clip=True: it needs"),
             ("cost", "--model=7b", "--model=7b: choose from micro"),
             ("cost", "--micro_batch=abc", "--micro_batch: invalid whole number value: 'abc'")):
         module = "paper" if name == "cost" else "adam_sgd_gap"
@@ -465,10 +480,10 @@ def test_bad_words_are_refused(tmp_path, monkeypatch, capsys):
         assert not list(tmp_path.iterdir())
     with pytest.raises(SystemExit) as leave:
         main("demo", "--scale=60m", "--data=x", "--dry")
-    assert "results/60m/gap.json is missing" in leave.value.code
+    assert "results/60m/gap-x.json is missing" in leave.value.code
     with pytest.raises(SystemExit) as leave:  # spikes compares these itself
         main("spikes", "--init=small")
-    assert leave.value.code == "spikes: the models differ by this, or must not: drop --init"
+    assert leave.value.code == "spikes: it sets init itself: drop --init"
     with pytest.raises(SystemExit) as leave:
         main("gap", "--matrix_mult=2", "--dry")
     assert leave.value.code == "gap: the search is over this: drop --matrix_mult"
@@ -489,6 +504,11 @@ def test_a_dry_run_prints_the_commands_and_does_nothing(tmp_path):
         paper = "--optimizer=clipped_sgd --lr=300.0 --token_clip=0.001 --update_clip=0.0002"
         assert any(paper in line for line in lines)
         assert any("--init=small" in line for line in lines) == (name == "spikes")
+    # from a start between two values of the grid
+    done = experiment("adam_sgd_gap", "lr", "--scale=350m", "--data=data/c4", "--dry", cwd=tmp_path)
+    clipped = [line for line in done.stdout.splitlines() if "--token_clip=0.001" in line]
+    assert [re.search(r"--lr=(\S+)", line)[1] for line in clipped] == [
+        "100.0", "200.0", "316.0", "1000.0", "3160.0"]
 
 
 def test_cost(tmp_path):
