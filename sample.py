@@ -26,9 +26,9 @@ from model import Config, LLaMA
 
 
 def unusable(what, e, remedy):
-    """The UserError for a file: `remedy`, unless it is memory, disk or rights that are missing."""
+    """The UserError for a file: `remedy`, unless memory, disk or permissions are the problem."""
     if isinstance(e, MemoryError) or getattr(e, "errno", 0) or "Cannot allocate memory" in str(e):
-        remedy = "check that it is there and allowed, make room, and start again"
+        remedy = "check that it exists and is readable, make room, and try again"
     return UserError(f"{what}: {type(e).__name__}: {' '.join(str(e).split()):.300}: {remedy}")
 
 
@@ -46,16 +46,17 @@ def load_run(folder, data=None):
         with torch.device("meta"):
             model = LLaMA(config)
         model.load_state_dict(weights, assign=True)
-        if not all(w.isfinite().all() for w in weights.values()):
-            raise ValueError("weights that are not finite, the run diverged")
     except Exception as e:  # a torn or foreign file fails in many ways
         raise unusable(f"--ckpt={folder}", e, "give the folder of a run of train.py, with "
                        "config.json and ckpt.pt") from None
+    if not all(w.isfinite().all() for w in weights.values()):
+        raise UserError(f"{folder} diverged, its weights are not finite: choose another --ckpt")
     if not data.exists():
-        raise UserError(f"{folder} was trained on {data}, which is gone: say where it is by --data")
+        raise UserError(f"{folder} was trained on {data}, which no longer exists: pass its new "
+                        "place with --data")
     meta = read_meta(data)
     if fingerprint(data) != trained_on:
-        other = f"{data} is not the data that {folder} was trained on: give that by --data"
+        other = f"{data} is not the data that {folder} was trained on: pass that with --data"
         if meta["vocab_size"] != vocab_size:
             raise UserError(other)
         print(f"sample.py: {other}, unless the tokenizer is the same", file=sys.stderr)
@@ -272,6 +273,8 @@ def main():
         sys.exit(f"sample.py: {e}")
     except (OSError, MemoryError) as e:
         sys.exit(f"sample.py: {unusable('stopped', e, '')}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -448,7 +448,7 @@ def main():
     except importlib.metadata.PackageNotFoundError as e:
         fail(f"the package {e.name} is not installed: pip install -r requirements.txt")
     except OSError as e:  # a missing file, a full disk, a folder that cannot be written
-        fail(f"{e.filename or args.out}: {e.strerror or e}: mend this and run the same command again")
+        fail(f"{e.filename or args.out}: {e.strerror or e}: mend it and run the command again")
 
 
 if __name__ == "__main__":

@@ -96,13 +96,13 @@ def gap(args):
         "Each method at its best settings", table, rows, all_runs,
         f"Each method at the best settings that a search found at seed {SEED}, run at other seeds; "
         "where one of these diverged, the search went on below that learning rate. Learning rates "
-        "and clips are searched in steps of sqrt(10), then, with one learning rate for all tensors, "
-        "from the best in half of these; of the two the better on the mean of the other seeds is "
-        "shown. Separate learning rates: a second search, from where the first ended, over the "
-        "same settings and over multipliers of the learning rate (for clipped SGD also of the "
-        "update clip) of the embedding, lm_head and the other matrices. Mean and 95% interval "
-        "(Student's t); gaps are taken seed by seed, one learning rate to one, separate to "
-        "separate; clipped shares are those of the first seed.", draw, (1, 2))
+        "and clips are searched in steps of sqrt(10), then, with one learning rate for all "
+        "tensors, from the best in half of these; of the two the better on the mean of the other "
+        "seeds is shown. Separate learning rates: a second search, from where the first ended, "
+        "over the same settings and over multipliers of the learning rate (for clipped SGD also "
+        "of the update clip) of the embedding, lm_head and the other matrices. Mean and 95% "
+        "interval (Student's t); gaps are taken seed by seed, one learning rate to one, separate "
+        "to separate; clipped shares are those of the first seed.", draw, (1, 2))
 
 
 def lr(args):

@@ -6,7 +6,7 @@
 
 quadratic, rates: two problems with known solutions. softmax: the loss by class frequency under ten
 optimizers; reweighted: with rare classes weighted up; hessian: its gradient and Hessian. large:
-softmax at the paper's size and step sizes, which goes on where it was stopped. Each writes
+softmax at the paper's size and step sizes, which resumes where it was stopped. Each writes
 results/toy/NAME.md, .json and .png. Images are in images.py.
 """
 import argparse
@@ -136,7 +136,7 @@ def save(path, net, optimizer, history):
 
 def load(path, net, optimizer):
     try:
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, map_location=DEVICE, weights_only=True)
         net.load_state_dict(state["net"])
         optimizer.load_state_dict(state["optimizer"])
         return state["history"]
@@ -424,10 +424,12 @@ def at_least(low):
     return convert
 
 
+SETTINGS = {"m": {"type": int, "choices": range(3, 13), "help": "groups [7, large 11]"},
+            "steps": {"type": at_least(1), "help": "[200, large 300]"}}
+
+
 def main(module="heavy_tails", about=__doc__, experiments=EXPERIMENTS, default="all but large",
-         settings={"m": {"type": int, "choices": range(3, 13), "help": "groups [7, large 11]"},
-                   "steps": {"type": at_least(1), "help": "[200, large 300]"}},
-         folder="toy"):
+         settings=SETTINGS, folder="toy"):
     """The command line of this file, and of images.py."""
     parser = argparse.ArgumentParser(
         f"{module}.py", usage=argparse.SUPPRESS, description=about, allow_abbrev=False,

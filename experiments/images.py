@@ -36,15 +36,12 @@ from experiments.heavy_tails import main as command_line
 from loader import UserError
 from metrics import finite, frequency_groups
 
-# where the search for the step size starts: for MNIST at the paper's values, the others are ours
-STARTS = {
-    "mnist": {"GD": 10**-1.5, "GD, momentum": 10**-2, "sign descent": 10**-2, "Adam": 10**-2.5,
-              "clipped SGD": 1e-3},
-    "resnet18": {"GD": 10**-0.5, "GD, momentum": 10**-1.5, "sign descent": 1e-3, "Adam": 1e-3,
-                 "clipped SGD": 1e-3},
-    "vit": {"GD": 10**-0.5, "GD, momentum": 10**-1.5, "sign descent": 1e-4, "Adam": 1e-3,
-            "clipped SGD": 1e-3}}
-SHOWN = ("GD, momentum", "sign descent", "Adam", "clipped SGD")  # in the picture
+METHODS = ("GD", "GD, momentum", "sign descent", "Adam", "clipped SGD")
+# where the search for their step sizes starts: for MNIST at the paper's values, the others are ours
+STARTS = {"Barcoded MNIST": (10**-1.5, 10**-2, 10**-2, 10**-2.5, 1e-3),
+          "ResNet18": (10**-0.5, 10**-1.5, 1e-3, 1e-3, 1e-3),
+          "ViT": (10**-0.5, 10**-1.5, 1e-4, 1e-3, 1e-3)}
+SHOWN = METHODS[1:]  # in the picture
 
 
 # ---- networks ----
@@ -236,8 +233,8 @@ def read_image(file, size, place=(0.5, 0.5)):
         with file.open("rb") as opened:
             image = Image.open(opened).convert("RGB")
     except Exception as e:  # damaged images fail in many ways
-        raise UserError(f"{file} is no image that Pillow can read ({type(e).__name__}): replace or "
-                        "remove it") from None
+        raise UserError(f"{file} is not an image that Pillow can read ({type(e).__name__}): "
+                        "replace or remove it") from None
     scale = size * 8 / 7 / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     x, y = (round(at * (side - size)) for at, side in zip(place, (width, height)))
@@ -293,12 +290,12 @@ def train(problem, name, step_size, epochs, batch):
     return mean, *by_group
 
 
-def compare(experiment, title, caption, data, make_net, epochs, batch=None, chunk=10**6):
+def compare(title, caption, data, make_net, epochs, batch=None, chunk=10**6):
     """The page of all methods on data sets {label: (images, labels)}, of which the first is the
-    heavy-tailed one and the second its control. Without `batch` all images are one."""
+    heavy-tailed one and the second its control. Without `batch` all images form one batch."""
     runs, rows = {}, []
     for label, (images, labels) in data.items():
-        for method, start in STARTS[experiment].items():
+        for method, start in zip(METHODS, STARTS[title], strict=True):
             def run(step_size):
                 problem = image_problem(make_net, images, labels, chunk)
                 return train(problem, method, step_size, epochs, batch or len(labels))
@@ -345,7 +342,8 @@ def compare(experiment, title, caption, data, make_net, epochs, batch=None, chun
         "at the best step size of a grid in factors of sqrt(10). Losses and accuracies are of the "
         "training images, each before the step that uses it. Weights in fp32, the rest in "
         "bfloat16.")
-    result = page(title, caption, rows, draw, (3, len(SHOWN)))
+    result = page(f"{title}: loss and accuracy by class frequency", caption, rows, draw,
+                  (3, len(SHOWN)))
     for row, (_, losses, accuracies) in zip(result.rows, runs.values()):
         row |= {"losses of all groups": finite(losses[-1].tolist()),
                 "accuracies of all groups": finite(accuracies[-1].tolist())}
@@ -363,12 +361,11 @@ def mnist(bits, steps, data):
         f"{classes.max() + 1:,} classes, a CNN, full batch. Kunstner et al. 2024 (10 bits): GD "
         "does not learn the rare classes, sign descent and Adam do. Clipped SGD (SGD-LL) is not in "
         "that paper.")
-    return compare("mnist", "Barcoded MNIST: loss and accuracy by class frequency", caption, sets,
-                   cnn, steps, chunk=100 if DEVICE == "cpu" else 10_000)
+    return compare("Barcoded MNIST", caption, sets, cnn, steps,
+                   chunk=100 if DEVICE == "cpu" else 10_000)
 
 
-def folder_page(experiment, title, caption, make_net, data, classes, most, size, epochs, batch,
-                seed):
+def folder_page(title, make_net, data, classes, most, size, epochs, batch, seed, more=""):
     chosen, counts = choose_classes(data, classes, seed), heavy_tailed(classes, most)
     if counts[-1] == 0:
         raise UserError(f"--most={most} leaves nothing for the rarest of {classes} classes: give "
@@ -378,31 +375,27 @@ def folder_page(experiment, title, caption, make_net, data, classes, most, size,
                         "larger one")
     sets = {"heavy-tailed": sample(chosen, counts, size, seed),
             "balanced classes": sample(chosen, balanced(counts), size, seed)}
-    caption += (
-        f" Clipped SGD (SGD-LL) is not in that paper. {counts.sum():,} images of {classes} classes "
-        f"of {data.name}, where class k has {most}/k, if need be the same images cropped again; "
-        f"and as many of balanced classes. {size} x {size} pixels, batches of at most {batch}, "
+    caption = (
+        "Kunstner et al. 2024, on ImageNet with class frequencies ~ 1/k (no settings are "
+        f"published): SGD leaves the rare classes behind, Adam does not{more}. Clipped SGD "
+        f"(SGD-LL) is not in that paper. {counts.sum():,} images of {classes} classes of "
+        f"{data.name}, where class k has {most}/k, if need be the same images cropped again; and "
+        f"as many of balanced classes. {size} x {size} pixels, batches of at most {batch}, "
         f"{sum(p.numel() for p in make_net(classes).parameters()):,} parameters.")
-    return compare(experiment, title, caption, sets, make_net, epochs, batch)
+    return compare(title, caption, sets, make_net, epochs, batch)
 
 
 def resnet18_page(width, **settings):
-    caption = ("Kunstner et al. 2024, on ImageNet with class frequencies ~ 1/k (no settings are "
-               "published): SGD leaves the rare classes behind, Adam does not.")
-    return folder_page("resnet18", "ResNet18: loss and accuracy by class frequency", caption,
-                       partial(resnet18, width=width), **settings)
+    return folder_page("ResNet18", partial(resnet18, width=width), **settings)
 
 
 def vit_page(patch, width, depth, size, **settings):
     if size % patch or width % 64:
         raise UserError(f"--size={size} must be a multiple of --patch={patch}, and --width={width} "
                         "of 64")
-    caption = ("Kunstner et al. 2024, on ImageNet with class frequencies ~ 1/k (no settings are "
-               "published): SGD leaves the rare classes behind, Adam does not; on all of ImageNet, "
-               "which is balanced, the two are level.")
     make_net = partial(ViT, size=size, patch=patch, width=width, depth=depth)
-    return folder_page("vit", "ViT: loss and accuracy by class frequency", caption, make_net,
-                       size=size, **settings)
+    return folder_page("ViT", make_net, size=size, **settings,
+                       more="; on all of ImageNet, which is balanced, the two are level")
 
 
 # in batches of 128, SGD with momentum and Adam both have ResNet18 know every image in 20 epochs
@@ -415,7 +408,7 @@ SETTINGS = {
     "data": {"type": Path, "help": "folder [data/mnist, data/omniglot]"},
     "bits": {"type": int, "choices": range(1, 11), "help": "of barcodes [3]"},
     "steps": {"type": at_least(1), "help": "full-batch steps [200]"},
-    "classes": {"type": at_least(1), "help": "[242]"},
+    "classes": {"type": at_least(2), "help": "[242]"},
     "most": {"type": at_least(1), "help": "images of the most frequent class [242]"},
     "size": {"type": at_least(1), "help": "pixels [32]"},
     "epochs": {"type": at_least(1), "help": "[ResNet18 15, ViT 30]"},

@@ -20,7 +20,8 @@ from loader import UserError
 from model import Config
 
 C4_DOCUMENTS, C4_GB = 364_868_892 / 1024, 305 / 1024  # of one of its 1,024 files (its data card)
-SHARES = {"spikes": 1 / 2, "thresholds": None, "length": None}  # a run's share of the scale's tokens
+# a run's share of the scale's tokens, where it is not all of them: half, or unlike from run to run
+SHARES = {"spikes": 0.5, "thresholds": None, "length": None}
 
 
 def memory(s, vocab, seq_len):
@@ -44,7 +45,8 @@ def number_of_runs(target, seeds):
     """Of a target: four per seed for the paper's comparison, otherwise as many as the page at nano
     had."""
     if target == "paper":
-        return len(NAMES) * seeds, f"stated settings, {'one seed' if seeds == 1 else f'{seeds} seeds'}"
+        text = "one seed" if seeds == 1 else f"{seeds} seeds"
+        return len(NAMES) * seeds, f"stated settings, {text}"
     page = Path(f"results/nano/{target}.md")
     found = re.search(r"(\d+) runs, seed", page.read_text()) if page.exists() else None
     return (int(found[1]), f"as in {page}") if found else (None, f"{page} does not say")
@@ -83,7 +85,7 @@ def cost(args, target="paper", seeds=1, gpus=8, peak=989e12, mfu=0.4):
 
 def paper(args):
     """No search: clipped SGD as it was released, the others at our settings."""
-    source = "No search: clipped SGD with the released settings, the others with ours, untuned here."
+    source = "No search: clipped SGD with the released settings, the others with ours, not tuned."
     if args.scale in SMALL:
         source = "No search: the best settings of an earlier one at nano."
     print(f"{cost(args, seeds=args.seeds, gpus=args.nproc)}\n\n{source}\n",

@@ -149,7 +149,7 @@ def test_the_page_of_barcoded_mnist(folder, tmp_path, monkeypatch, data):
     assert f"--data={data}" in text or data == "data/mnist"
     assert "--bits=1 --steps=2" in text and "200 images, from the training images, of 30 cl" in text
     rows = json.loads(picture.with_suffix(".json").read_text())["rows"]
-    assert [row["method"] for row in rows] == 2 * list(images.STARTS["mnist"])
+    assert [row["method"] for row in rows] == 2 * list(images.METHODS)
     assert all(row["loss"] < math.log(30) + 1 for row in rows)
     for row in rows:  # five groups of two digits, five of four classes with barcodes
         assert len(row["losses of all groups"]) == len(row["accuracies of all groups"]) == 10
