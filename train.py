@@ -89,7 +89,7 @@ class Settings:
     device: str = setting("auto", "cpu or cuda; auto: cuda if there is a GPU")
 
 
-# the settings that not every optimizer has, and the allowed values of settings that are words
+# settings that only some optimizers have (--grad_clip is for all), and allowed values of words
 OPTIMIZER_SETTINGS = {"clipped_sgd": ("momentum", "token_clip", "row_clip", "row_clip_on",
                                       "update_clip", "schedule_update_clip"),
                       "sgd": ("momentum",),
@@ -99,7 +99,7 @@ CHOICES = {"model": tuple(SIZES), "optimizer": tuple(OPTIMIZER_SETTINGS),
            "embedding": (None, "detach", "norm", "scale", "large"), "init": (None, "small"),
            "row_clip_on": ("all", "embedding"), "keep": ("all", "weights", "nothing"),
            "dtype": ("auto", "float32", "bfloat16"), "device": ("auto", "cpu", "cuda")}
-# may change when a run continues; all other settings, and a hash of the data, identify it
+# may change when a run continues; the other settings and the content of the data identify it
 MAY_CHANGE = ("out", "data", "micro_batch", "log_every", "diag_every", "save_every", "keep",
               "wandb", "compile", "device")
 
@@ -158,7 +158,7 @@ def parse(argv):
         elif type(value) in (int, float):
             require(0 < value < math.inf, name, "it must be above 0")
 
-    # what belongs together
+    # what belongs together: require(a or not b) means that b needs a
     for optimizer, names in OPTIMIZER_SETTINGS.items():
         for name in names:
             require(name not in given or name in OPTIMIZER_SETTINGS[s.optimizer], name,
@@ -237,7 +237,7 @@ def open_data(s):
     int64 [vocab]: one group if the counts are not known. Reads the first batches, as a check."""
     sampler = BatchSampler(TokenDataset(s.data, "train"), s.batch_size, s.seed)
     val_data = TokenDataset(s.data, "val")
-    sampler(0)
+    sampler(0)  # it counts steps from 0
     next(eval_batches(val_data, tokens=1, batch_size=1))
     groups = torch.zeros(val_data.vocab_size, dtype=torch.long)
     if (counts := token_counts(s.data, val_data.vocab_size)) is not None:
@@ -266,7 +266,7 @@ def evaluate(model, dataset, groups, tokens, batch_size, dist, stop_signal):
     num_groups = int(groups.max()) + 1
     sums = torch.zeros(2, num_groups, dtype=torch.float64, device=dist.device)  # losses, targets
     for x, y in eval_batches(dataset, tokens, batch_size, dist.rank, dist.size):
-        if dist.any_rank(stop_signal.number is not None):
+        if dist.any_rank(stop_signal.number is not None):  # a signal to one rank stops all
             return None
         x, y = x.to(dist.device), y.to(dist.device)
         losses = model(x, y, reduction="none").double()  # [B * T], 0 where padded
@@ -291,17 +291,19 @@ def train(s):
     groups = groups.to(device)
     micro_batch = s.micro_batch or default_micro_batch(s.batch_size // dist.size, device)
 
-    # model and optimizer; weights are drawn on the CPU, so that a seed means the same everywhere
+    # what identifies the run, checked to be the same on all ranks
     identity = {name: value for name, value in asdict(s).items() if name not in MAY_CHANGE}
     identity["data_sha256"] = fingerprint(s.data)
     dist.check_same({**asdict(s), **identity, **code_hashes(), "device": device.type,
                      "data": f"{len(sampler.dataset)} + {len(val_data)} sequences"},
                     "start all with the same settings, data and code")
     run_dir = RunDir(s.out, identity, dist)
+
+    # model and optimizer; weights are drawn on the CPU, so that a seed means the same everywhere
     torch.manual_seed(s.seed)
     config = Config.named(s.model, val_data.vocab_size, embedding=s.embedding, init=s.init)
     model = LLaMA(config).to(device)
-    if s.init_from and not dist.broadcast(run_dir.ckpt.exists()):
+    if s.init_from and not dist.broadcast(run_dir.ckpt.exists()):  # when resuming, not again
         from sample import load_pretrained  # imported here, as it needs more packages
         model.load_state_dict(dist.rank0_first(load_pretrained, s.init_from, config))
     options = {name: getattr(s, name) for name in OPTIMIZER_SETTINGS[s.optimizer]}
@@ -330,13 +332,14 @@ def train(s):
         device_ids = [device.index] if device.type == "cuda" else None
         ddp_model = DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)
 
-    # what runs
+    # say what runs
     dist.print0(f"{s.data}: vocabulary {val_data.vocab_size:,}, sequences of {val_data.seq_len}, "
                 f"{s.steps / sampler.steps_per_epoch:.2f} epochs")
     dist.print0(f"{s.model}, {config.parameters:,} parameters; {s.optimizer}, lr {s.lr:g}; "
                 f"{s.steps} steps of {s.batch_size} sequences; {dist.size} x {device.type}, "
                 f"{s.dtype}, {'compiled' if compiled else 'eager'}; from step {start}")
 
+    # how a run evaluates, saves and ends (stop_signal is set just before the loop)
     def is_eval_due(step):
         return step == s.steps or (s.eval_every and step % s.eval_every == 0)
 
@@ -345,7 +348,7 @@ def train(s):
             return True
         if s.save_every:
             return step % s.save_every == 0
-        return step % s.log_every == 0 and run_dir.is_save_due()
+        return step % s.log_every == 0 and run_dir.is_save_due()  # after five minutes
 
     def finish():
         """The end of a run that is done or diverged. Returns the exit status."""
@@ -400,7 +403,7 @@ def train(s):
             (micro_loss * dist.size).backward()  # DDP averages over the processes, this undoes it
             loss += micro_loss.detach()
 
-        # clip the gradient, update the weights
+        # clip the gradient, update the weights; the norm that is logged is the one before clipping
         metrics.before_step(step)
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
         if s.grad_clip is not None:
