@@ -90,6 +90,9 @@ data/omniglot:
 data/c4:
 	@echo "make it first: $(PY) data/prepare.py c4 --out=data/c4 --train_shards=0-28"; exit 1
 
+data/%:
+	@echo "make it first: $(PY) data/prepare.py files FILE... --out=$@"; exit 1
+
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
