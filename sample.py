@@ -28,7 +28,7 @@ from model import Config, LLaMA
 def unusable(what, e, remedy):
     """The UserError for a file: `remedy`, unless memory, disk or permissions are the problem."""
     if isinstance(e, MemoryError) or getattr(e, "errno", 0) or "Cannot allocate memory" in str(e):
-        remedy = "check that it exists and is readable, make room, and try again"
+        remedy = "check that it is there and allowed, make room, and start again"
     return UserError(f"{what}: {type(e).__name__}: {' '.join(str(e).split()):.300}: {remedy}")
 
 
@@ -56,7 +56,7 @@ def load_run(folder, data=None):
                         "place with --data")
     meta = read_meta(data)
     if fingerprint(data) != trained_on:
-        other = f"{data} is not the data that {folder} was trained on: pass that with --data"
+        other = f"{data} is not the data that {folder} was trained on: give that by --data"
         if meta["vocab_size"] != vocab_size:
             raise UserError(other)
         print(f"sample.py: {other}, unless the tokenizer is the same", file=sys.stderr)

@@ -378,7 +378,7 @@ def leave_a_run(command, outcome):
     out.mkdir(parents=True)
     (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (out / "config.json").write_text(json.dumps(
-        {"device": "none", "versions": {"torch": "0"}, "started": "2026-01-01 00:00:00",
+        {"device": "none", "world_size": 1, "versions": {"torch": "0"}, "started": "2026-01-01 00:00:00",
          "git_commit": "0", "identity": {"dtype": "float32"}}))
     return out, True
 
