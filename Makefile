@@ -18,7 +18,7 @@ help:  ## this list
 
 demo: $(READY)  ## Adam, SGD with momentum and two clipped SGDs: a table and a picture in five minutes
 
-gap: $(READY)  ## seven methods, each at its best settings: the gap to Adam, with intervals; three hours
+gap: $(READY)  ## seven methods, each at its best settings: the gap to Adam, with intervals; four hours
 
 lr: $(READY)  ## loss against learning rate, and the maximum stable learning rate; ten minutes
 

@@ -282,8 +282,8 @@ def dynamics(args):
         "Training dynamics in small and large batches", table, rows,
         sum([tried for _, tried in found.values()], []),
         "Each method at its best learning rate (for clipped SGD, also the update clip) at that "
-        "batch size. "
-        "A spike is a gradient norm above 5 x the median of the 100 steps before.", draw, (2, 2))
+        "batch size. A spike is a gradient norm above 5 x the median of the 100 steps before.",
+        draw, (2, 2))
 
 
 def thresholds(args):

@@ -241,7 +241,7 @@ def plot_by_lr(axes, runs, style, label):
 
 # ---- the command line ----
 
-# final runs, where --seeds changes their number
+# how many final runs, where --seeds changes it
 SEEDS = {"gap": 5, "frequency": 5, "ablation": 3, "spikes": 3, "length": 3, "paper": 1}
 SEARCHES = ("gap", "frequency", "ablation", "length")  # over all axes
 
@@ -276,18 +276,19 @@ def main(experiments, data="data/python", **more):
     for name, (kind, value) in more.items():
         option(f"--{name}", type=kind, default=value, help=str(value))
     option("--seeds", type=int, choices=range(1, 11), metavar="N",
-           help="of final runs [3; 5 in gap and frequency, 1 in paper]")
+           help=f"of final runs [{', '.join(f'{name} {n}' for name, n in SEEDS.items())}]")
     option("--nproc", type=int, default=1, help="processes per run, by torchrun [1]")
     option("--jobs", type=int,
-           help="runs at a time [1 of several processes, else a GPU or a core each, at most 8]")
+           help="runs at a time [1 of several processes, else one per GPU or core, of cores at "
+                "most 8]")
     option("--dry", action="store_true", help="print the commands of the runs that are missing")
     option("--tune", action="store_true", help="begin a search at a scale beyond nano")
     args, others = parser.parse_known_args()
     if args.seeds and args.name not in SEEDS:
         parser.error(f"--seeds does nothing in {args.name}: drop it")
     if args.jobs is None:
-        devices = torch.cuda.device_count() or torch.get_num_threads()
-        args.jobs = min(8, devices) if args.nproc == 1 else 1
+        devices = torch.cuda.device_count() or min(8, torch.get_num_threads())
+        args.jobs = devices if args.nproc == 1 else 1
     if min(args.jobs, args.nproc) < 1:
         parser.error("--jobs and --nproc start at 1")
     args.override, args.data = overrides(others, parser), args.data.rstrip("/")

@@ -76,8 +76,10 @@ def cost(args, target="paper", seeds=1, gpus=8, peak=989e12, mfu=0.4):
         files = math.ceil(sequences / C4_DOCUMENTS)
         lines.append(("C4 files for one epoch, in rows", f"{files}, {files * C4_GB:,.0f} GB"))
     lines.append((f"runs of {target}, {source}", str(runs or "-")))
-    if runs and (share := SHARES.get(target, 1)):
-        lines.append((f"hours of {target}", f"{runs * share * hours:,.1f}"))
+    if runs:
+        share = SHARES.get(target, 1)
+        total = f"{runs * share * hours:,.1f}" if share else "-"
+        lines.append((f"hours of {target}", total))
         kept = runs * 4 * config.parameters / 2**30 if target == "paper" else 0
         lines.append(("GiB kept of finished runs", f"{kept:,.1f}" + " (weights)" * bool(kept)))
     return markdown_table((f"one run of {args.scale}", ""), lines)
@@ -102,8 +104,8 @@ def paper(args):
         rows += [run.row(adam) for run, adam in zip(runs, adams)]
         speed = rows[-1]["tok_per_s"]
         per_token = Config.named(rows[-1]["model"], vocab).flops_per_token(seq_len)
-        config = runs[-1].config if speed else {"device": None}
-        peak = PEAK_FLOPS.get(config["device"])  # FLOP/s of a GPU
+        config = runs[-1].config if speed else {}
+        peak = PEAK_FLOPS.get(config.get("device"))  # FLOP/s of a GPU
         mfu = speed * per_token / (config["world_size"] * peak) if speed and peak else None
         lines.append((name, runs[0].settings_text, outcomes(runs),
                       interval_text(map(gap_to, adams, runs), "+.1%"), fmt(speed, ",.0f"),
@@ -131,7 +133,7 @@ def cost_main(words):
         parser.error("--gpus, --peak and --mfu must be above 0")
     args.override = overrides(others, parser)
     try:
-        print(cost(args, args.target, 1, args.gpus, args.peak, args.mfu))
+        print(cost(args, args.target, gpus=args.gpus, peak=args.peak, mfu=args.mfu))
     except UserError as e:
         sys.exit(f"cost: {e}")
 

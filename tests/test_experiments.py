@@ -378,8 +378,8 @@ def leave_a_run(command, outcome):
     out.mkdir(parents=True)
     (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (out / "config.json").write_text(json.dumps(
-        {"device": "none", "world_size": 1, "versions": {"torch": "0"}, "started": "2026-01-01 00:00:00",
-         "git_commit": "0", "identity": {"dtype": "float32"}}))
+        {"device": "none", "world_size": 1, "versions": {"torch": "0"}, "git_commit": "0",
+         "started": "2026-01-01 00:00:00", "identity": {"dtype": "float32"}}))
     return out, True
 
 
@@ -529,6 +529,12 @@ def test_cost(tmp_path):
     assert "| runs of gap, as in results/nano/gap.md | 118 |" in out
     assert f"| hours of gap | {118 * hours:,.1f} |" in out
     assert "| GiB kept of finished runs | 0.0 |" in out
+    # runs of half the tokens, and runs unlike one another
+    for target, hours in (("spikes", f"{59 * hours:,.1f}"), ("thresholds", "-")):
+        (tmp_path / "results" / "nano" / f"{target}.md").write_text("Caption. 118 runs, seed 42.\n")
+        out = experiment("paper", "cost", "--scale=1b", f"--target={target}", "--gpus=16",
+                         "--mfu=0.5", cwd=tmp_path).stdout
+        assert f"| hours of {target} | {hours} |" in out and "GiB kept of finished runs" in out
     for scale, files in (("130m", 29), ("350m", 87)):
         out = experiment("paper", "cost", f"--scale={scale}", cwd=tmp_path).stdout
         assert f"in rows | {files}," in out and "| runs of paper, stated settings, one seed | 4" in out
