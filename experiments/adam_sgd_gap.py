@@ -181,14 +181,16 @@ def ablation(args):
 
     def draw(panels):
         panels[1].sharey(panels[0])
-        for value, color, label in (
-                (small, "#d55e00", "at SGD's maximum stable lr"),
-                (large, "#0072b2", "at clipped SGD's lr"),
-                ("searched", "black", "searched")):
+        series = ((small, "", "#d55e00", "at SGD's maximum stable lr"),
+                  (large, "", "#0072b2", "at clipped SGD's lr"),
+                  ("searched", "", "black", "searched"),
+                  ("searched", ", scheduled", "#999999", "searched, scheduled"))
+        for value, ending, color, label in series:
             axes = panels[int(value == "searched")]
-            names = list(found if value == "searched" else fixed)
-            place = {run: names.index(name) for (name, at), cell in cells.items() if at == value
-                     for run in cell}
+            names = [name for name in (found if value == "searched" else fixed)
+                     if not name.endswith(", scheduled")]
+            place = {run: i for i, name in enumerate(names)
+                     for run in cells.get((name + ending, value), [])}
             style = {"color": color, "marker": "o", "linestyle": ""}
             plot_final(axes, place.get, list(place), style, label)
             axes.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])
