@@ -158,7 +158,7 @@ def parse(argv):
         elif type(value) in (int, float):
             require(0 < value < math.inf, name, "it must be above 0")
 
-    # what belongs together: require(a or not b) means that b needs a
+    # settings that need others: require(a or not b) says that b needs a
     for optimizer, names in OPTIMIZER_SETTINGS.items():
         for name in names:
             require(name not in given or name in OPTIMIZER_SETTINGS[s.optimizer], name,
