@@ -203,9 +203,6 @@ def ablation(args):
         draw, (2, 1))
 
 
-BATCH_AXES = ("lr", "update_clip")  # what is searched at each batch size
-
-
 def batch_sizes(args):
     """Changes for batches of 1/16, 1/4, 1 and 4 times the scale's, at its number of tokens."""
     s = method("Adam", args).settings
@@ -216,47 +213,36 @@ def batch_sizes(args):
 
 def batch(args):
     names, shapes = ("Adam", "SGD", "SGD with momentum", "clipped SGD"), batch_sizes(args)
-
-    def at_each_size(name):
-        found, start = [], {}
-        for shape in shapes:  # from the best at the batch size before
-            found.append(search(name, args, BATCH_AXES, **shape, **start))
-            start = {axis: found[-1][0].settings[axis] for axis in BATCH_AXES
-                     if axis in found[-1][0].settings}
-        return found
-    found = concurrently(at_each_size, names, args)
-    best = {name: [run for run, _ in found[name]] for name in names}
+    keys = [(name, i) for i in range(len(shapes)) for name in names]
+    found = concurrently(lambda key: search(key[0], args, **shapes[key[1]]), keys, args)
     rows, lines, runs = [], [], []
-    for i, shape in enumerate(shapes):
-        line, adam = [str(shape["batch_size"])], best["Adam"][i]
-        for name in names:
-            run, tried = found[name][i]
-            rows += [each.row(adam) | {"best": each.out == run.out} for each in tried]
-            runs += tried
-            line.append(f"{run.outcome} ({run.lr:g}), {fmt(gap_to(adam, run), '+.1%')}")
-        lines.append(line)
-    table = markdown_table(
-        ("sequences per batch", *(f"{name}: loss (lr), gap" for name in names)), lines)
+    for name, i in keys:
+        (best, tried), adam = found[name, i], found["Adam", i][0]
+        rows += [run.row(adam) | {"best": run.out == best.out} for run in tried]
+        runs += tried
+        lines.append((str(shapes[i]["batch_size"]), name, best.settings_text, best.outcome,
+                      fmt(gap_to(adam, best), "+.1%"), str(len(tried))))
+    table = markdown_table(("sequences per batch", "method", "best settings", "validation loss",
+                            "gap to Adam", "runs of the search"), lines)
 
     def draw(axes):
         for name in names:
-            gaps = [gap_to(adam, run) for adam, run in zip(best["Adam"], best[name])]
-            axes.plot([line[0] for line in lines],
+            gaps = [gap_to(found["Adam", i][0], found[name, i][0]) for i in range(len(shapes))]
+            axes.plot([str(shape["batch_size"]) for shape in shapes],
                       [math.nan if gap is None else 100 * gap for gap in gaps],
                       label=name, **STYLES[name])
         axes.set(xlabel="sequences per batch", ylabel="gap to Adam (% of its loss)")
     return ExperimentResult(
         "The gap to Adam against the batch size", table, rows, runs,
-        "The gap to Adam against the batch size at a fixed number of tokens, each method at its "
-        "best learning rate (for clipped SGD, also the update clip) at that size.", draw)
+        "The gap to Adam against the batch size at a fixed number of tokens, each method at the "
+        "best settings of a search at that size.", draw)
 
 
 def dynamics(args):
     small, _, large, _ = batch_sizes(args)  # the largest has too few steps
     shapes = {"small batch": small, "large batch": large}
     keys = [(name, size) for size in shapes for name in ("Adam", "clipped SGD")]
-    found = concurrently(lambda key: search(key[0], args, BATCH_AXES, **shapes[key[1]]),
-                         keys, args)
+    found = concurrently(lambda key: search(key[0], args, **shapes[key[1]]), keys, args)
     quantities = {"grad_norm": "gradient norm", "weight_to_gradient": "weight-to-gradient ratio",
                   "effective_lr": "effective learning rate", "imbalance": "token-class imbalance"}
     rows, lines = [], []
@@ -264,11 +250,11 @@ def dynamics(args):
         medians = {key: run.average(key, statistics.median) for key in quantities}
         rows.append(run.row(found["Adam", size][0])
                     | {"size": size, "spikes": run.spikes, **medians})
-        lines.append((name, str(run.settings["batch_size"]), f"{run.lr:g}", run.outcome,
+        lines.append((name, str(run.settings["batch_size"]), run.settings_text, run.outcome,
                       *(fmt(median, ".3g") for median in medians.values()),
                       f"{len(run.spikes)} of {max(0, len(run.logged('step')) - 100)}"))
     table = markdown_table(
-        ("method", "sequences per batch", "lr", "validation loss",
+        ("method", "sequences per batch", "best settings", "validation loss",
          *(f"{text} (median)" for text in quantities.values()),
          "spikes among the steps after the first 100"), lines)
 
@@ -283,8 +269,8 @@ def dynamics(args):
     return ExperimentResult(
         "Training dynamics in small and large batches", table, rows,
         sum([tried for _, tried in found.values()], []),
-        "Each method at its best learning rate (for clipped SGD, also the update clip) at that "
-        "batch size. A spike is a gradient norm above 5 x the median of the 100 steps before.",
+        "Each method at the best settings of a search at that batch size. A spike is a gradient "
+        "norm above 5 x the median of the 100 steps before.",
         draw, (2, 2))
 
 
