@@ -35,7 +35,7 @@ frequency: $(READY)  ## the loss of frequent and rare tokens along training; sha
 demo gap lr ablation batch dynamics thresholds frequency:
 	$(PY) -m experiments.adam_sgd_gap $@ $(OPTIONS)
 
-LONG := $(if $(filter command,$(origin DATA)),$(DATA),data/packages)
+LONG := $(if $(filter command environment,$(origin DATA)),$(DATA),data/packages)
 length: DATA = $(LONG)
 length: .venv/installed $(if $(DRY),,$(LONG))  ## the gap against tokens per parameter, up to 20; SCALE=micro: five hours
 	$(PY) -m experiments.length $(OPTIONS)
@@ -59,7 +59,7 @@ images: .venv/installed $(MNIST) data/omniglot  ## rare classes in images: a CNN
 report: .venv/installed  ## RESULTS.md from results/; seconds
 	$(PY) -m experiments.report
 
-bench: $(DATA)  ## speed and memory beside transformers (if it is installed); a quarter of an hour
+bench: .venv/installed $(DATA)  ## speed and memory beside transformers (if it is installed); a quarter of an hour
 	$(PY) -m experiments.bench --model=$(SCALE) --data=$(DATA)
 
 drill: .venv/installed  ## faults and damaged files: what survives, what is lost; six minutes

@@ -438,6 +438,8 @@ def main():
     for name, (low, high) in limits.items():
         if not low <= getattr(args, name, low) <= high:
             top.error(f"--{name} must be from {low} to {high}")
+    if max(getattr(args, "val_shards", [0])) > 7:
+        top.error("--val_shards: C4 has 0 to 7")
     try:
         if args.source == "mnist":
             return mnist(args)

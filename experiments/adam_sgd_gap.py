@@ -329,6 +329,7 @@ def frequency(args):
     if args.dry:
         return None
     final = {name: runs for name, (_, _, runs) in found.items()}
+    searched = sum([tried for _, tried, _ in found.values()], [])
     for run in finished(sum(final.values(), [])):
         if "group_losses" not in run.evals[-1]:
             raise UserError(f"{run.out} ran while token_counts.npy was missing: move it and its "
@@ -367,7 +368,7 @@ def frequency(args):
             axes.sharey(panels[0])
         panels[0].set_ylabel("validation loss of the group (nats per token)")
     return ExperimentResult(
-        "Validation loss by token frequency", table, rows, sum(final.values(), []),
+        "Validation loss by token frequency", table, rows, sum(final.values(), []) + searched,
         "Ten groups of token classes, each about a tenth of the training text, from frequent (1, "
         "dark) to rare (10, pale).", draw, (1, 3))
 

@@ -26,6 +26,7 @@ from torch.utils.benchmark import Timer
 
 from baselines import build_optimizer
 from checkpoint import hardware
+from experiments.methods import SMALL
 from experiments.sweep import markdown_table
 from model import SIZES, Config, LLaMA
 from train import default_dtype
@@ -106,7 +107,7 @@ def take_steps(store, processes, step_args, rank):
 
 
 def bench_train(args):
-    vocab, B, T = (4096, 32, 128) if args.model == "nano" else (32000, 64, 256)
+    vocab, B, T = (4096, 32, 128) if args.model in SMALL else (32000, 64, 256)
     B = args.batch or B
     candidates = {"this repo": ("this repo", 1)}  # library, processes
     if importlib.util.find_spec("transformers"):

@@ -193,7 +193,7 @@ def resized(s, args, batch_size, steps):
     """What changes in settings s for a batch size and steps."""
     if batch_size < args.nproc or steps < 1:
         raise UserError(f"{steps} steps of {batch_size} sequences with --nproc={args.nproc} cannot "
-                        "be run: give more --steps or a larger --batch_size")
+                        "be run: give more --steps (length: --lengths) or a larger --batch_size")
     changes = {"batch_size": batch_size, "steps": steps}
     if s.get("micro_batch"):
         changes["micro_batch"] = min(s["micro_batch"], batch_size // args.nproc)
@@ -301,7 +301,7 @@ def main(experiments, data="data/python", **more):
     default = SEEDS.get(args.name)
     args.suffix += "" if args.seeds in (None, default) else f"-seeds{args.seeds}"
     args.seeds = args.seeds or default
-    args.suffix += "".join(f"-{name}{value}" for name, value in args.override.items())
+    args.suffix += "".join(f"-{name}{Path(str(value)).name}" for name, value in args.override.items())
     args.command = f"python -m experiments.{Path(sys.argv[0]).stem} {shlex.join(sys.argv[1:])}"
     args.pool, args.commit = ThreadPoolExecutor(args.jobs), git_commit()
 

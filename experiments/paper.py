@@ -41,15 +41,16 @@ def memory(s, vocab, seq_len):
     return {part: size / 2**30 for part, size in parts.items()}
 
 
-def number_of_runs(target, seeds):
-    """Of a target: four per seed for the paper's comparison, otherwise as many as the page at nano
-    had."""
+def number_of_runs(target, seeds, scale):
+    """Of a target: four per seed for the paper's comparison, otherwise as many as its page has, of
+    this scale or a smaller one."""
     if target == "paper":
         text = "one seed" if seeds == 1 else f"{seeds} seeds"
         return len(NAMES) * seeds, f"stated settings, {text}"
-    page = Path(f"results/nano/{target}.md")
-    found = re.search(r"(\d+) runs, seed", page.read_text()) if page.exists() else None
-    return (int(found[1]), f"as in {page}") if found else (None, f"{page} does not say")
+    for page in [Path(f"results/{s}/{target}.md") for s in (scale, *reversed(SMALL))]:
+        if page.exists() and (found := re.search(r"(\d+) runs, seed", page.read_text())):
+            return int(found[1]), f"as in {page}"
+    return None, f"no page of {target} says how many"
 
 
 def cost(args, target="paper", seeds=1, gpus=8, peak=989e12, mfu=0.4):
@@ -60,7 +61,7 @@ def cost(args, target="paper", seeds=1, gpus=8, peak=989e12, mfu=0.4):
     config, sequences = Config.named(s["model"], vocab), s["steps"] * s["batch_size"]
     tokens, per_token = sequences * seq_len, config.flops_per_token(seq_len)
     hours = tokens * per_token / (gpus * peak * mfu) / 3600
-    runs, source = number_of_runs(target, seeds)
+    runs, source = number_of_runs(target, seeds, args.scale)
     lines = [("parameters", f"{config.parameters:,}"),
              ("tokens", f"{tokens:,} ({s['steps']} x {s['batch_size']} x {seq_len})"),
              ("FLOPs", f"{tokens * per_token:.3g} ({per_token:.3g} per token)"),

@@ -470,7 +470,7 @@ def write_page(stem, result, caption, source, command, extra={}):
         if axes.get_label() != "<colorbar>":
             axes.grid(alpha=0.3)
         labels |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels())}
-    if labels and not figure.legends and not any(axes.get_legend() for axes in figure.axes):
+    if labels:
         figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=3)
     figure.suptitle(result.title)
     page = f"{caption}\n\n{result.table}\n\n`{command}`; {source}\n"

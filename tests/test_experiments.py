@@ -529,12 +529,16 @@ def test_cost(tmp_path):
     assert "| runs of gap, as in results/nano/gap.md | 118 |" in out
     assert f"| hours of gap | {118 * hours:,.1f} |" in out
     assert "| GiB kept of finished runs | 0.0 |" in out
-    # runs of half the tokens, and runs unlike one another
-    for target, hours in (("spikes", f"{59 * hours:,.1f}"), ("thresholds", "-")):
-        (tmp_path / "results" / "nano" / f"{target}.md").write_text("Caption. 118 runs, seed 42.\n")
+    # runs of half the tokens, and runs unlike one another, whose page may be that of another scale
+    (tmp_path / "results" / "micro").mkdir()
+    for target, hours, scale in (("spikes", f"{59 * hours:,.1f}", "nano"),
+                                 ("thresholds", "-", "nano"), ("length", "-", "micro")):
+        page = tmp_path / "results" / scale / f"{target}.md"
+        page.write_text("Caption. 118 runs, seed 42.\n")
         out = experiment("paper", "cost", "--scale=1b", f"--target={target}", "--gpus=16",
                          "--mfu=0.5", cwd=tmp_path).stdout
         assert f"| hours of {target} | {hours} |" in out and "GiB kept of finished runs" in out
+        assert f"as in results/{scale}/{target}.md | 118 |" in out
     for scale, files in (("130m", 29), ("350m", 87)):
         out = experiment("paper", "cost", f"--scale={scale}", cwd=tmp_path).stdout
         assert f"in rows | {files}," in out and "| runs of paper, stated settings, one seed | 4" in out

@@ -489,10 +489,11 @@ def test_max_chars_is_checked(tmp_path):
     one_line(prepare("python", f"--out={tmp_path}", "--max_chars=0"), "--max_chars")
 
 
-@pytest.mark.parametrize("shards", ["5-2", "0-3,9-7", "7-", "1024", "x", "1,1", "", "-1"])
-def test_bad_shard_ranges_are_one_line(tmp_path, shards):
-    done = prepare("c4", f"--out={tmp_path / 'out'}", f"--train_shards={shards}")
-    one_line(done, "--train_shards")
+@pytest.mark.parametrize("word", ["--val_shards=0,8", *(f"--train_shards={numbers}" for numbers in (
+    "5-2", "0-3,9-7", "7-", "1024", "x", "1,1", "", "-1"))])
+def test_bad_shard_ranges_are_one_line(tmp_path, word):
+    done = prepare("c4", f"--out={tmp_path / 'out'}", word)
+    one_line(done, word.partition("=")[0])
 
 
 def test_gpt2_without_network_is_one_line(tmp_path, text):
