@@ -50,7 +50,7 @@ METHODS = {
     "Adam": {
         "start": {"optimizer": "adamw", "lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0},
         "at": {"nano": {"lr": 3.16e-3, "beta1": 0.8, "beta2": 0.99, "grad_clip": 0.3}},
-        "axes": {"beta1": MOMENTA, "beta2": (0.8, 0.9, 0.95, 0.99, 0.999),
+        "axes": {"beta1": MOMENTA, "beta2": (0.8, 0.9, 0.95, 0.99, 0.999, 0.9999),
                  "grad_clip": GRAD_CLIPS}},
     "SGD": {"start": {"optimizer": "sgd", "momentum": 0, "lr": 0.316}, "axes": {}},
     "SGD with momentum": {
