@@ -302,7 +302,7 @@ def main(experiments, data="data/python", **more):
     args.suffix += "" if args.seeds in (None, default) else f"-seeds{args.seeds}"
     args.seeds = args.seeds or default
     args.suffix += "".join(f"-{name}{Path(str(value)).name}" for name, value in args.override.items())
-    args.command = f"python -m experiments.{Path(sys.argv[0]).stem} {shlex.join(sys.argv[1:])}"
+    args.command = shlex.join(["python", "-m", f"experiments.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
     args.pool, args.commit = ThreadPoolExecutor(args.jobs), git_commit()
 
     try:
