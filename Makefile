@@ -47,7 +47,7 @@ cost: .venv/installed  ## of TARGET at SCALE: runs, hours, memory, disk, files; 
 	$(PY) -m experiments.paper cost --scale=$(SCALE) --data=$(DATA) \
 		$(if $(TARGET),--target=$(TARGET)) $(FLAGS)
 
-spikes: $(READY)  ## Spike No More's variants over learning rates: loss and spikes; half an hour
+spikes: $(READY)  ## Spike No More's variants over learning rates: loss and spikes; an hour
 	$(PY) -m experiments.spikes $(OPTIONS)
 
 toy: .venv/installed  ## softmax and quadratic models with rare classes; two minutes
