@@ -69,7 +69,8 @@ drill: .venv/installed  ## faults and damaged files: what survives, what is lost
 test: .venv/installed  ## the tests; six minutes
 	@$(MAKE) --no-print-directory -j2 test-runs test-rest
 # two halves that take as long
-RUNS := tests/test_train.py tests/test_sample.py tests/test_model.py
+RUNS := tests/test_train.py tests/test_sample.py tests/test_model.py tests/test_optim.py \
+	tests/test_heavy_tails.py
 test-runs:
 	@$(PY) -m pytest -q --disable-warnings $(RUNS)
 test-rest:
