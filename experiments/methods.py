@@ -301,8 +301,10 @@ def main(experiments, data="data/python", **more):
     default = SEEDS.get(args.name)
     args.suffix += "" if args.seeds in (None, default) else f"-seeds{args.seeds}"
     args.seeds = args.seeds or default
-    args.suffix += "".join(f"-{name}{Path(str(value)).name}" for name, value in args.override.items())
-    args.command = shlex.join(["python", "-m", f"experiments.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+    for name, value in args.override.items():
+        args.suffix += f"-{name}{Path(str(value)).name}"  # of a path its last part
+    module = f"experiments.{Path(sys.argv[0]).stem}"
+    args.command = shlex.join(["python", "-m", module, *sys.argv[1:]])
     args.pool, args.commit = ThreadPoolExecutor(args.jobs), git_commit()
 
     try:
