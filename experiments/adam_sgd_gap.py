@@ -14,6 +14,8 @@ import statistics
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
+
 from experiments.methods import (
     GAP_HEAD, METHODS, MULTIPLIER_START, MULTIPLIERS, NAMES, SEED, clip_shares, final_runs,
     gap_cells, lr_grid, main, method, plot_by_lr, plot_final, plot_losses, resized, search,
@@ -53,21 +55,31 @@ def demo(args):
 
 
 def gap(args):
-    for name in MULTIPLIERS:
-        if name in args.override:
-            raise UserError(f"the search is over this: drop --{name}")
+    titles = {"one": "one learning rate for all tensors",
+              "separate": "embedding, lm_head and other matrices apart"}
+    first = second = pairs = ""
+    if MULTIPLIERS.keys() & args.override.keys():
+        titles = {"given": "multipliers of the learning rate as given"}
+    else:
+        first = ", with one learning rate for all tensors,"
+        second = ("Separate learning rates: a second search, from where the first ended, over the "
+                  "same settings and over multipliers of the learning rate (for clipped SGD also "
+                  "of the update clip) of the embedding, lm_head and the other matrices. ")
+        pairs = ", one learning rate to one, separate to separate"
 
-    def both(name):
+    def blocks(name):
         one = final_runs(name, args)
+        if not second:
+            return {"given": one}
         start = {**one[0].settings, **MULTIPLIER_START}
         axes = *MULTIPLIERS, "lr", *METHODS[name]["axes"]
         return {"one": one, "separate": final_runs(name, args, axes, fine=False, **start)}
-    found = concurrently(both, METHODS, args)
+    found = concurrently(blocks, METHODS, args)
     if args.dry:
         return None
     vocab_size = read_meta(args.data)["vocab_size"]
     rows, lines, all_runs = [], [], []
-    for block in ("one", "separate"):
+    for block in titles:
         adam, _, adams = found["Adam"][block]
         for name in METHODS:
             best, tried, runs = found[name][block]
@@ -85,24 +97,20 @@ def gap(args):
          "state, bytes per parameter", "runs of the search"), lines)
 
     def draw(panels):
-        titles = {"one": "one learning rate for all tensors",
-                  "separate": "embedding, lm_head and other matrices apart"}
+        panels = np.ravel(panels)
         for axes, (block, title) in zip(panels, titles.items()):
-            plot_losses(axes, {name: blocks[block][-1] for name, blocks in found.items()})
+            plot_losses(axes, {name: best[block][-1] for name, best in found.items()})
             axes.sharey(panels[0])
             axes.set_title(title)
-        panels[1].set_ylabel(None)
+            axes.label_outer()
     return ExperimentResult(
         "Each method at its best settings", table, rows, all_runs,
         f"Each method at the best settings that a search found at seed {SEED}, run at other seeds; "
         "where one of these diverged, the search went on below that learning rate. Learning rates "
-        "and clips are searched in steps of sqrt(10), then, with one learning rate for all "
-        "tensors, from the best in half of these; of the two the better on the mean of the other "
-        "seeds is shown. Separate learning rates: a second search, from where the first ended, "
-        "over the same settings and over multipliers of the learning rate (for clipped SGD also "
-        "of the update clip) of the embedding, lm_head and the other matrices. Mean and 95% "
-        "interval (Student's t); gaps are taken seed by seed, one learning rate to one, separate "
-        "to separate; clipped shares are those of the first seed.", draw, (1, 2))
+        f"and clips are searched in steps of sqrt(10), then{first} from the best in half of these; "
+        f"of the two the better on the mean of the other seeds is shown. {second}Mean and 95% "
+        f"interval (Student's t); gaps are taken seed by seed{pairs}; clipped shares are those of "
+        "the first seed.", draw, (1, len(titles)))
 
 
 def lr(args):
