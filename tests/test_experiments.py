@@ -485,7 +485,6 @@ def test_bad_words_are_refused(tmp_path, monkeypatch, capsys):
         main("spikes", "--init=small")
     assert leave.value.code == "spikes: it sets init itself: drop --init"
     with pytest.raises(SystemExit) as leave:
-    with pytest.raises(SystemExit) as leave:
         main("length", "--steps=5", "--dry")
     assert leave.value.code == "length: --lengths sets the steps: drop --steps"
 
