@@ -39,19 +39,24 @@ def demo(args):
     for row in json.loads(page.read_text())["rows"]:
         if row["role"] == "seed" and row["method"] in NAMES:  # the first of each
             best.setdefault(row["method"], {name: row[name] for name in row.keys() & settings})
-    runs = run_all([method(name, args, **{**row, "data": args.data, **args.override})
-                    for name, row in best.items()], args)
-    rows = [run.row(adam=runs[0]) for run in runs]
+    finals = {name: rerun_with_new_seeds(
+        method(name, args, **{**row, "data": args.data, **args.override}), args)
+        for name, row in best.items()}
+    runs = run_all(sum(finals.values(), []), args)
+    adams = finals["Adam"]
+    rows = [run.row(adam) for same in finals.values() for run, adam in zip(same, adams)]
     table = markdown_table(
         ("method", "settings", "validation loss", "gap to Adam", "minutes", "tokens/s"),
-        [(run.label, run.settings_text, run.outcome, fmt(row["gap"], "+.1%"),
+        [(name, same[0].settings_text, outcomes(same),
+          interval_text(map(gap_to, adams, same), "+.1%"),
           f"{(row['seconds'] or 0) / 60:.1f}", fmt(row["tok_per_s"], ",.0f"))
-         for run, row in zip(runs, rows)])
+         for (name, same), row in zip(finals.items(), rows[::args.seeds])])
+    first = "the first seed" if args.seeds == 1 else f"{args.seeds} seeds from the first on"
     return ExperimentResult(
         "Adam, SGD and clipped SGD side by side", table, rows, runs,
-        f"Four methods at the best settings and the first seed of {page.with_suffix('.md')}, with "
+        f"Four methods at the best settings and {first} of {page.with_suffix('.md')}, with "
         "one learning rate for all tensors.",
-        lambda axes: plot_losses(axes, {run.label: [run] for run in runs}))
+        lambda axes: plot_losses(axes, finals))
 
 
 def gap(args):

@@ -242,7 +242,7 @@ def plot_by_lr(axes, runs, style, label):
 # ---- the command line ----
 
 # how many final runs, where --seeds changes it
-SEEDS = {"gap": 5, "frequency": 5, "ablation": 3, "spikes": 3, "length": 3, "paper": 1}
+SEEDS = {"demo": 1, "gap": 5, "frequency": 5, "ablation": 3, "spikes": 3, "length": 3, "paper": 1}
 SEARCHES = ("gap", "frequency", "ablation", "batch", "dynamics", "length")  # over all axes
 
 

@@ -391,7 +391,8 @@ def test_every_page_stands_whatever_the_runs_came_to(
     monkeypatch.setattr(sys, "argv", [])
     others = [name for name in adam_sgd_gap.EXPERIMENTS if name != "gap"]
     for name in ["gap", *(others + ["spikes", "length"] if outcome != "one seed diverges" else [])]:
-        words = [name, f"--data={stream}", *["--steps=110"] * (name != "length")]
+        words = [name, f"--data={stream}", *["--steps=110"] * (name != "length"),
+                 *["--seeds=2"] * (name == "demo")]
         for _ in range(60):
             main(*words, "--dry")
             commands = {line.rpartition("=")[2]: line  # one run may be there in two ways
@@ -440,6 +441,8 @@ def test_every_page_stands_whatever_the_runs_came_to(
             adam, sgd = losses["Adam"], losses["SGD"]
             gaps = f"{sgd / adam - 1:+.1%} ± 0.0% | {sgd - adam:+.3f} ± 0.000"
             assert f"| {sgd:.3f} ± 0.000 | {math.exp(sgd):.1f} ± 0.0 | {gaps} |" in text
+        if name == "demo" and outcome == "all is well":
+            assert [row["seed"] for row in rows] == [43, 44] * 4 and "| +0.0% ± 0.0% |" in text
         if name == "spikes" and outcome == "all is well":
             assert {row["variant"] for row in rows} == {*spikes.VARIANTS, "Fast Embed"}
             assert all(row["spikes"] == [104] for row in rows)
@@ -471,7 +474,7 @@ def test_bad_words_are_refused(tmp_path, monkeypatch, capsys):
                   ["demo", "--jobs=0"], ["demo", "--out=x"], ["demo", "steps=5"],
                   ["demo", "--jobs=x"], ["lr", "--batch=1"], ["lr", "--steps={[]:1}"],
                   # these would do nothing
-                  ["demo", "--seeds=2"], ["lr", "--seeds=3"]):
+                  ["lr", "--seeds=3"]):
         with pytest.raises(SystemExit) as leave:
             main(*words)
         stderr = capsys.readouterr().err
