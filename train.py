@@ -11,8 +11,9 @@ The number of processes and --micro_batch change the speed, not the batches: the
 same to rounding. Started again with the same settings, a run continues from its last checkpoint, on
 a CPU bit for bit as if it had never stopped. On SIGTERM or Ctrl-C it drops the step that it is in,
 saves a checkpoint and exits; torchrun gives it 30 seconds for that, or as many as the environment
-variable TORCH_ELASTIC_SHUTDOWN_TIMEOUT says. OUT, on a disk that all nodes share, gets config.json,
-metrics.jsonl, ckpt.pt and a lock file.
+variable TORCH_ELASTIC_SHUTDOWN_TIMEOUT says. That a run diverged is a result: it ends there, with
+exit status 0. OUT, on a disk that all nodes share, gets config.json, metrics.jsonl, ckpt.pt and a
+lock file.
 """
 import argparse
 import importlib.util
@@ -60,18 +61,19 @@ class Settings:
     matrix_mult: float = setting(1.0, "the same for the other matrices")
     norm_mult: float = setting(1.0, "the same for the gains of the norms")
     momentum: float = setting(0.9, "clipped_sgd, sgd, scale: decay of the averaged gradient")
-    token_clip: float | None = setting(1e-3, "clipped_sgd: max. norm of lm_head's rows, or none")
+    token_clip: float | None = setting(
+        1e-3, "clipped_sgd: max. norm of a row of lm_head's momentum, or none")
     row_clip: float | None = setting(None, "clipped_sgd: the same for the other matrices, or none")
     row_clip_on: str = setting("all", "which matrices row_clip acts on: all, or embedding")
     update_clip: float | None = setting(5e-4, "clipped_sgd: max. RMS of a tensor's update, or none")
     schedule_update_clip: bool = setting(False, "clipped_sgd: true: update_clip is scheduled as lr")
     beta1: float = setting(0.9, "adamw: decay of the average of gradients")
     beta2: float = setting(0.95, "adamw: decay of the average of squared gradients")
-    weight_decay: float = setting(0.0, "adamw: decoupled, times the learning rate")
+    weight_decay: float = setting(0.0, "adamw: decoupled, of all weights, times the learning rate")
     grad_clip: float | None = setting(None, "max. global norm of the gradient, or none")
     # batch and schedule
     batch_size: int = setting(32, "sequences per step, over all devices and micro-batches")
-    micro_batch: int | None = setting(None, "sequences at a time per process; none: all (CPU: 16)")
+    micro_batch: int | None = setting(None, "sequences at once per process; none: all (CPU: <=16)")
     steps: int = setting(200, "optimizer steps")
     warmup: float = setting(0.1, "fraction of the steps in which the learning rate rises")
     min_lr: float = setting(0.1, "fraction of the peak at which the cosine ends")
@@ -127,13 +129,15 @@ def converter(annotation):
     return convert
 
 
+parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                allow_abbrev=False, argument_default=argparse.SUPPRESS)
+for f in fields(Settings):
+    parser.add_argument(f"--{f.name}", type=converter(f.type), metavar="",
+                        help=f"{f.metadata['help']} [{f.default}]")
+
+
 def parse(argv):
     """argv -> Settings, checked as far as is possible without the data. Exits with status 2."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for f in fields(Settings):
-        parser.add_argument(f"--{f.name}", type=converter(f.type), metavar="",
-                            help=f"{f.metadata['help']} [{f.default}]")
     given = vars(parser.parse_args(argv))
     s = Settings(**given)
 

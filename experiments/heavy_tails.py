@@ -25,8 +25,10 @@ from checkpoint import git_commit, hardware, replace
 from experiments.sweep import LR_GRID, ExperimentResult, markdown_table, write_page
 from loader import UserError, access
 from optim import ClippedSGD
+from train import default_dtype
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BF16 = default_dtype(torch.device(DEVICE)) == "bfloat16"  # elsewhere it is slower than fp32
 COLORS = ("#bbbbbb", "#0072b2", "#d55e00", "#000000", "#009e73", "#e69f00", "#cc79a7")
 
 
@@ -321,13 +323,16 @@ def large(m, steps):
     runs = {}
     for name in ("GD", "sign descent", "Adam"):
         problem = softmax_problem(m)
-        problem.X, problem.chunk, problem.bf16 = problem.X.bfloat16(), 4096, True
+        problem.chunk, problem.bf16 = 4096, BF16
+        if BF16:
+            problem.X = problem.X.bfloat16()
         path = Path(f"runs/large-m{m}-{name.replace(' ', '-')}.pt")
         step_size = paper_step_size(name, m)
         runs[name] = step_size, *train(problem, name, step_size, steps, path)
     caption = (
         "Kunstner et al. 2024 (m = 11, 1,000 steps): GD hardly learns the rare classes, sign "
-        "descent and Adam learn all alike. Matrix products in bfloat16, weights in fp32.")
+        f"descent and Adam learn all alike. Matrix products in {'bfloat16' if BF16 else 'fp32'}, "
+        "weights in fp32.")
     return softmax_page("Softmax regression at the paper's step sizes", caption, m, runs,
                         tuple(runs), "the paper's step size for m = 11, without a search")
 

@@ -296,7 +296,7 @@ def test_full_batch_training_is_that_of_the_toys():
     labels = np.repeat([0, 1, 2], [6, 3, 2])
 
     def problem():
-        problem = images.image_problem(partial(images.resnet18, width=4), X, labels)
+        problem = images.image_problem(partial(images.resnet18, width=8), X, labels)
         problem.bf16 = False
         return problem
 
@@ -312,7 +312,7 @@ def test_full_batch_training_is_that_of_the_toys():
 
 def test_batches_use_every_image_once_per_epoch(tree):
     X, labels = images.sample(images.choose_classes(tree, 3, 0), [6, 3, 2], 32, 0)
-    problem = images.image_problem(partial(images.resnet18, width=4), X, labels)
+    problem = images.image_problem(partial(images.resnet18, width=8), X, labels)
     backward, seen = problem.backward, []
 
     def record(rows):
@@ -328,7 +328,7 @@ def test_batches_use_every_image_once_per_epoch(tree):
 
 
 @pytest.mark.parametrize("name, words", [
-    ("resnet18", ["--width=4"]), ("vit", ["--patch=16", "--width=64", "--depth=1"])])
+    ("resnet18", ["--width=8"]), ("vit", ["--patch=16", "--width=64", "--depth=1"])])
 def test_the_page_of_a_folder(tree, tmp_path, monkeypatch, name, words):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(heavy_tails, "LR_GRID", (1e-3,))  # no search
