@@ -51,7 +51,7 @@ def demo(args):
           interval_text(map(gap_to, adams, same), "+.1%"),
           f"{(row['seconds'] or 0) / 60:.1f}", fmt(row["tok_per_s"], ",.0f"))
          for (name, same), row in zip(finals.items(), rows[::args.seeds])])
-    first = "the first seed" if args.seeds == 1 else f"{args.seeds} seeds from the first on"
+    first = "the first seed" if args.seeds == 1 else f"the first {args.seeds} seeds"
     return ExperimentResult(
         "Adam, SGD and clipped SGD side by side", table, rows, runs,
         f"Four methods at the best settings and {first} of {page.with_suffix('.md')}, with "
