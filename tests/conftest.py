@@ -100,6 +100,23 @@ def one_line(process, *words):
         assert str(word) in lines[0], lines[0]
 
 
+@pytest.fixture
+def call(capsys, monkeypatch):
+    """Calls a script's main() as python() would run the script, without another process, which would import torch anew."""
+    def call(main, *words):
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
+        capsys.readouterr()
+        try:
+            status = main() or 0
+        except SystemExit as e:
+            status = e.code or 0
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+            status = 1
+        return subprocess.CompletedProcess(words, status, *capsys.readouterr())
+    return call
+
+
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
     """A small .json.gz in C4's format."""

@@ -18,6 +18,7 @@ from conftest import ROOT, documents, metrics, one_line, prepare, python, settin
 from loader import UserError, read_meta
 from model import Config, LLaMA
 from sample import Tokenizer, export, generate, load_pretrained, load_run
+from sample import main as sample
 
 SAMPLE = ROOT / "sample.py"
 
@@ -37,9 +38,9 @@ def hf(run, tmp_path_factory):
     return folder
 
 
-def test_text_from_a_run(run, stream):
+def test_text_from_a_run(run, call):
     def say(*more):
-        done = python(SAMPLE, f"--ckpt={run}", "--prompt=tea 🙂", "--tokens=12", *more)
+        done = call(sample, f"--ckpt={run}", "--prompt=tea 🙂", "--tokens=12", *more)
         assert done.returncode == 0, done.stderr
         return done.stdout
     first = say()
@@ -113,13 +114,14 @@ def load_loss(hf, batch):
     return model(batch[:, :-1], batch[:, 1:]).item() / batch[:, 1:].numel()
 
 
-def test_what_is_refused(run, hf, stream, tmp_path):
-    one_line(python(SAMPLE, f"--ckpt={tmp_path}"), tmp_path, "config.json")
+def test_what_is_refused(run, hf, stream, tmp_path, call):
+    one_line(call(sample, f"--ckpt={tmp_path}"), tmp_path, "config.json")
     model = LLaMA(Config.named("nano", 500, embedding="norm"))
     with pytest.raises(UserError, match="--embedding=norm"):
         export(model, tmp_path / "none", 32, None)
     assert not (tmp_path / "none").exists()
-    one_line(python(ROOT / "train.py", *settings(data=stream, out=tmp_path / "run", init_from=tmp_path)), tmp_path, "--init_from")
+    words = settings(data=stream, out=tmp_path / "run", init_from=tmp_path)
+    one_line(call(lambda: train.main(words)), tmp_path, "--init_from")
     bad = shutil.copytree(hf, tmp_path / "bad")
     good = (bad / "model.safetensors").read_bytes()
     config = Config.named("nano", 500)
@@ -137,10 +139,10 @@ def test_what_is_refused(run, hf, stream, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_ends_of_the_settings(run):
+def test_the_ends_of_the_settings(run, call):
     model = load_run(run)[0]
     assert list(generate(model, [5], 40, 32, 1e-320)) == list(generate(model, [5], 40, 32, 0))  # longer than the window of 32
-    assert "start at 0" in python(SAMPLE, f"--ckpt={run}", "--temperature=nan").stderr.splitlines()[-1]
+    assert "start at 0" in call(sample, f"--ckpt={run}", "--temperature=nan").stderr.splitlines()[-1]
 
 
 # what transformers 5.24 and 4.57 write beside the sizes, and what older files have
@@ -247,7 +249,7 @@ def odd(text, tmp_path_factory):
     return folder
 
 
-def test_ids_without_a_piece_are_not_drawn(odd, tmp_path):
+def test_ids_without_a_piece_are_not_drawn(odd, tmp_path, call):
     run = shutil.copytree(odd / "run", tmp_path / "run")
     model, data, meta = load_run(run)
     tokenizer = Tokenizer(data, meta)
@@ -258,7 +260,7 @@ def test_ids_without_a_piece_are_not_drawn(odd, tmp_path):
     state["model"]["lm_head.weight"][450] = 10 * state["model"]["lm_head.weight"][expected[0]]
     torch.save(state, run / "ckpt.pt")
     assert next(generate(load_run(run)[0], ids, 1, 32, 0)) == 450
-    done = python(SAMPLE, f"--ckpt={run}", "--prompt=tea", "--tokens=5", "--temperature=0")
+    done = call(sample, f"--ckpt={run}", "--prompt=tea", "--tokens=5", "--temperature=0")
     assert done.returncode == 0 and done.stdout == tokenizer.decode(ids + expected) + "\n", done.stderr
 
 
@@ -287,12 +289,12 @@ def contents(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
 
 
-def test_an_export_replaces_nothing(run, hf, odd, tmp_path):
+def test_an_export_replaces_nothing(run, hf, odd, tmp_path, call):
     model, data, meta = load_run(odd / "run")
     tokenizer = Tokenizer(data, meta)
     for full in (run, hf):
         before = contents(full)
-        one_line(python(SAMPLE, f"--ckpt={run}", f"--export={full}"), f"--export={full}", "not empty", "choose another")
+        one_line(call(sample, f"--ckpt={run}", f"--export={full}"), f"--export={full}", "not empty", "choose another")
         assert contents(full) == before
     (tmp_path / "empty").mkdir()
     export(model, tmp_path / "empty", 32, tokenizer)
@@ -300,12 +302,13 @@ def test_an_export_replaces_nothing(run, hf, odd, tmp_path):
 
 
 @pytest.mark.parametrize("words", [["--temperature=0"], ["--export=hf"]])
-def test_the_weights_of_a_run_that_diverged_are_refused(run, tmp_path, words):
+def test_the_weights_of_a_run_that_diverged_are_refused(run, tmp_path, monkeypatch, call, words):
+    monkeypatch.chdir(tmp_path)
     mine = shutil.copytree(run, tmp_path / "run")
     state = torch.load(mine / "ckpt.pt", weights_only=True)
     state["model"]["lm_head.weight"][3, 5] = float("nan")
     torch.save(state, mine / "ckpt.pt")
-    one_line(python(SAMPLE, f"--ckpt={mine}", *words, cwd=tmp_path), mine, "diverged")
+    one_line(call(sample, f"--ckpt={mine}", *words), mine, "diverged")
     assert not (tmp_path / "hf").exists()
 
 
@@ -316,16 +319,16 @@ def test_a_full_disk_leaves_nothing_half_written(odd, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_data_that_was_moved(run, stream, odd, text, tmp_path, capsys):
+def test_data_that_was_moved(run, stream, odd, text, tmp_path, capsys, call):
     mine = shutil.copytree(run, tmp_path / "run")
     config = json.loads((mine / "config.json").read_text())
     config["settings"]["data"] = str(tmp_path / "gone")
     (mine / "config.json").write_text(json.dumps(config))
-    one_line(python(SAMPLE, f"--ckpt={mine}"), tmp_path / "gone", "--data")
+    one_line(call(sample, f"--ckpt={mine}"), tmp_path / "gone", "--data")
     (tmp_path / "moved").mkdir()  # the tokenizer is enough
     for name in ("meta.json", "tokenizer.model"):
         shutil.copy(stream / name, tmp_path / "moved")
-    found = python(SAMPLE, f"--ckpt={mine}", f"--data={tmp_path / 'moved'}", "--tokens=3")
+    found = call(sample, f"--ckpt={mine}", f"--data={tmp_path / 'moved'}", "--tokens=3")
     assert found.returncode == 0 and found.stdout and not found.stderr
     with pytest.raises(UserError, match="give that by --data"):  # another vocabulary
         load_run(mine, odd / "data")
