@@ -70,7 +70,7 @@ test: .venv/installed  ## the tests; six to nine minutes
 	@$(MAKE) --no-print-directory -j2 test-runs test-rest
 # two halves that take as long
 RUNS := tests/test_train.py tests/test_sample.py tests/test_model.py tests/test_optim.py \
-	tests/test_heavy_tails.py
+	tests/test_heavy_tails.py tests/test_images.py
 test-runs:
 	@$(PY) -m pytest -q --disable-warnings $(RUNS)
 test-rest:

@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
 from baselines import build_optimizer
 from conftest import ROOT, TINY, experiment, metrics, one_line, python, settings
 from experiments import adam_sgd_gap, length, methods, spikes
+from experiments.paper import cost_main
 from experiments.sweep import (
     FAILED, LR_GRID, Run, interval_text, mark_diverged, mean_interval, next_above, next_below,
     plot_seeds, spike_steps, start)
@@ -96,18 +98,19 @@ def test_demo_shows_what_the_runs_measured(demo):
     assert re.fullmatch(r"demo-data-batch_size8-steps12-.*-dtypefloat32-keepall", files[".md"].stem)
 
 
-def test_a_table_computes_what_the_commands_compute_that_it_prints(demo, tmp_path):
+def test_a_table_computes_what_the_commands_compute_that_it_prints(
+        demo, tmp_path, monkeypatch):
     folder, again, _ = demo
     runs = (folder / "runs").rename(folder / "before")
     commands = again("--dry").stdout.splitlines()
     runs.rename(folder / "runs")
     assert len(commands) == 4
+    monkeypatch.chdir(folder)
     for command in commands:
-        words = shlex.split(command)
-        done = python(*words[1:-1], f"--out={tmp_path / words[-1]}", cwd=folder)
-        assert done.returncode == 0, done.stderr
-        name = words[-1].removeprefix("--out=")
-        assert metrics(tmp_path / f"--out={name}") == metrics(folder / name)
+        (_, script, *words), name = shlex.split(command)[:-1], command.rpartition("--out=")[2]
+        assert Path(script).resolve() == ROOT / "train.py"
+        assert train.main([*words, f"--out={tmp_path / name}"]) == 0
+        assert metrics(tmp_path / name) == metrics(folder / name)
 
 
 def test_finished_runs_are_not_repeated_and_killed_ones_continue(demo):
@@ -186,7 +189,8 @@ def test_two_tables_at_once_finish_both(stream, tmp_path):
     assert any("another process is at work" in out for out in outputs)
 
 
-def test_settings_that_train_refuses_stop_everything(stream, tmp_path):
+def test_settings_that_train_refuses_stop_everything(stream, tmp_path, monkeypatch, call):
+    monkeypatch.chdir(tmp_path)
     for name, *words, expected in (
             ("lr", f"--data={stream}", *settings(steps=-1), "--steps=-1: it must be above 0"),
             ("gap", "--momentum=0.5", "--momentum=0.5: it does nothing for adamw"),
@@ -194,8 +198,7 @@ def test_settings_that_train_refuses_stop_everything(stream, tmp_path):
             ("gap", f"--data={stream}", "--min_lr=0", "--schedule_update_clip=True: it needs"),
             ("cost", "--model=7b", "--model=7b: choose from micro"),
             ("cost", "--micro_batch=abc", "--micro_batch: invalid whole number value: 'abc'")):
-        module = "paper" if name == "cost" else "adam_sgd_gap"
-        done = experiment(module, name, *words, cwd=tmp_path)
+        done = call(lambda: cost_main(words) if name == "cost" else main(name, *words))
         one_line(done, expected)
         assert done.returncode == 2 and not done.stdout and not list(tmp_path.iterdir())
 
@@ -493,11 +496,12 @@ def test_bad_words_are_refused(tmp_path, monkeypatch, capsys):
     assert leave.value.code == "length: --lengths sets the steps: drop --steps"
 
 
-def test_a_dry_run_prints_the_commands_and_does_nothing(tmp_path):
-    for name, words, shape in (("adam_sgd_gap", ["gap"], "--batch_size=4096 --steps=19125"),
-                               ("spikes", [], "--batch_size=1024 --steps=38250")):
-        words += ["--scale=1b", "--data=data/c4", "--nproc=8", "--dry"]
-        done = experiment(name, *words, cwd=tmp_path)
+def test_a_dry_run_prints_the_commands_and_does_nothing(tmp_path, monkeypatch, call):
+    monkeypatch.chdir(tmp_path)
+    for name, shape in (("gap", "--batch_size=4096 --steps=19125"),
+                        ("spikes", "--batch_size=1024 --steps=38250")):
+        words = name, "--scale=1b", "--data=data/c4", "--nproc=8", "--dry"
+        done = call(lambda: main(*words))
         assert done.returncode == 0 and not list(tmp_path.iterdir()), done.stderr
         lines = done.stdout.splitlines()
         torchrun = "-m torch.distributed.run --standalone --nproc_per_node=8"
@@ -506,18 +510,21 @@ def test_a_dry_run_prints_the_commands_and_does_nothing(tmp_path):
         assert any(paper in line for line in lines)
         assert any("--init=small" in line for line in lines) == (name == "spikes")
     # from a start between two values of the grid
-    done = experiment("adam_sgd_gap", "lr", "--scale=350m", "--data=data/c4", "--dry", cwd=tmp_path)
+    done = call(lambda: main("lr", "--scale=350m", "--data=data/c4", "--dry"))
     clipped = [line for line in done.stdout.splitlines() if "--token_clip=0.001" in line]
     assert [re.search(r"--lr=(\S+)", line)[1] for line in clipped] == [
         "100.0", "200.0", "316.0", "1000.0", "3160.0"]
 
 
-def test_cost(tmp_path):
-    one_line(experiment("paper", "cost", f"--data={tmp_path}", cwd=tmp_path), "meta.json is missing")
+def test_cost(tmp_path, monkeypatch, call):
+    monkeypatch.chdir(tmp_path)
+
+    def cost(*words):
+        return call(lambda: cost_main(words))
+    one_line(cost(f"--data={tmp_path}"), "meta.json is missing")
     (tmp_path / "results" / "nano").mkdir(parents=True)
     (tmp_path / "results" / "nano" / "gap.md").write_text("Caption. 118 runs, seed 42, 43.\n")
-    out = experiment("paper", "cost", "--scale=1b", "--target=gap", "--gpus=16", "--mfu=0.5",
-                     cwd=tmp_path).stdout
+    out = cost("--scale=1b", "--target=gap", "--gpus=16", "--mfu=0.5").stdout
     assert "| parameters | 1,339,082,752 |" in out
     matmul = 1_339_082_752 - 49 * 2048 - 32_000 * 2048
     flops = 20_054_016_000 * (6 * matmul + 6 * 24 * 256 * 2048)
@@ -536,12 +543,11 @@ def test_cost(tmp_path):
                                  ("thresholds", "-", "nano"), ("length", "-", "micro")):
         page = tmp_path / "results" / scale / f"{target}.md"
         page.write_text("Caption. 118 runs, seed 42.\n")
-        out = experiment("paper", "cost", "--scale=1b", f"--target={target}", "--gpus=16",
-                         "--mfu=0.5", cwd=tmp_path).stdout
+        out = cost("--scale=1b", f"--target={target}", "--gpus=16", "--mfu=0.5").stdout
         assert f"| hours of {target} | {hours} |" in out and "GiB kept of finished runs" in out
         assert f"as in results/{scale}/{target}.md | 118 |" in out
     for scale, files in (("130m", 29), ("350m", 87)):
-        out = experiment("paper", "cost", f"--scale={scale}", cwd=tmp_path).stdout
+        out = cost(f"--scale={scale}").stdout
         assert f"in rows | {files}," in out and "| runs of paper, stated settings, one seed | 4" in out
 
 
