@@ -66,7 +66,7 @@ drill: .venv/installed  ## faults and damaged files: what survives, what is lost
 	$(PY) dev/drill.py
 	FUZZ_FILES=2000 $(PY) -m pytest -q -s tests/test_fuzz.py
 
-test: .venv/installed  ## the tests; six to nine minutes
+test: .venv/installed  ## the tests; six minutes
 	@$(MAKE) --no-print-directory -j2 test-runs test-rest
 # two halves that take as long
 RUNS := tests/test_train.py tests/test_sample.py tests/test_model.py tests/test_optim.py \
