@@ -14,8 +14,6 @@ import statistics
 from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
-
 from experiments.methods import (
     GAP_HEAD, METHODS, MULTIPLIER_START, MULTIPLIERS, NAMES, SEED, clip_shares, final_runs,
     gap_cells, lr_grid, main, method, plot_by_lr, plot_final, plot_losses, resized, search,
@@ -44,13 +42,13 @@ def demo(args):
         for name, row in best.items()}
     runs = run_all(sum(finals.values(), []), args)
     adams = finals["Adam"]
-    rows = [run.row(adam) for same in finals.values() for run, adam in zip(same, adams)]
+    rows = [run.row(adam) for seeds in finals.values() for run, adam in zip(seeds, adams)]
     table = markdown_table(
         ("method", "settings", "validation loss", "gap to Adam", "minutes", "tokens/s"),
-        [(name, same[0].settings_text, outcomes(same),
-          interval_text(map(gap_to, adams, same), "+.1%"),
+        [(name, seeds[0].settings_text, outcomes(seeds),
+          interval_text(map(gap_to, adams, seeds), "+.1%"),
           f"{(row['seconds'] or 0) / 60:.1f}", fmt(row["tok_per_s"], ",.0f"))
-         for (name, same), row in zip(finals.items(), rows[::args.seeds])])
+         for (name, seeds), row in zip(finals.items(), rows[::args.seeds])])
     first = "the first seed" if args.seeds == 1 else f"the first {args.seeds} seeds"
     return ExperimentResult(
         "Adam, SGD and clipped SGD side by side", table, rows, runs,
@@ -60,31 +58,21 @@ def demo(args):
 
 
 def gap(args):
-    titles = {"one": "one learning rate for all tensors",
-              "separate": "embedding, lm_head and other matrices apart"}
-    first = second = pairs = ""
-    if MULTIPLIERS.keys() & args.override.keys():
-        titles = {"given": "multipliers of the learning rate as given"}
-    else:
-        first = ", with one learning rate for all tensors,"
-        second = ("Separate learning rates: a second search, from where the first ended, over the "
-                  "same settings and over multipliers of the learning rate (for clipped SGD also "
-                  "of the update clip) of the embedding, lm_head and the other matrices. ")
-        pairs = ", one learning rate to one, separate to separate"
+    for name in MULTIPLIERS:
+        if name in args.override:
+            raise UserError(f"the search is over this: drop --{name}")
 
-    def blocks(name):
+    def both(name):
         one = final_runs(name, args)
-        if not second:
-            return {"given": one}
         start = {**one[0].settings, **MULTIPLIER_START}
         axes = *MULTIPLIERS, "lr", *METHODS[name]["axes"]
         return {"one": one, "separate": final_runs(name, args, axes, fine=False, **start)}
-    found = concurrently(blocks, METHODS, args)
+    found = concurrently(both, METHODS, args)
     if args.dry:
         return None
     vocab_size = read_meta(args.data)["vocab_size"]
     rows, lines, all_runs = [], [], []
-    for block in titles:
+    for block in ("one", "separate"):
         adam, _, adams = found["Adam"][block]
         for name in METHODS:
             best, tried, runs = found[name][block]
@@ -102,20 +90,24 @@ def gap(args):
          "state, bytes per parameter", "runs of the search"), lines)
 
     def draw(panels):
-        panels = np.ravel(panels)
+        titles = {"one": "one learning rate for all tensors",
+                  "separate": "embedding, lm_head and other matrices apart"}
         for axes, (block, title) in zip(panels, titles.items()):
-            plot_losses(axes, {name: best[block][-1] for name, best in found.items()})
+            plot_losses(axes, {name: blocks[block][-1] for name, blocks in found.items()})
             axes.sharey(panels[0])
             axes.set_title(title)
-            axes.label_outer()
+        panels[1].set_ylabel(None)
     return ExperimentResult(
         "Each method at its best settings", table, rows, all_runs,
         f"Each method at the best settings that a search found at seed {SEED}, run at other seeds; "
         "where one of these diverged, the search went on below that learning rate. Learning rates "
-        f"and clips are searched in steps of sqrt(10), then{first} from the best in half of these; "
-        f"of the two the better on the mean of the other seeds is shown. {second}Mean and 95% "
-        f"interval (Student's t); gaps are taken seed by seed{pairs}; clipped shares are those of "
-        "the first seed.", draw, (1, len(titles)))
+        "and clips are searched in steps of sqrt(10), then, with one learning rate for all "
+        "tensors, from the best in half of these; of the two the better on the mean of the other "
+        "seeds is shown. Separate learning rates: a second search, from where the first ended, "
+        "over the same settings and over multipliers of the learning rate (for clipped SGD also "
+        "of the update clip) of the embedding, lm_head and the other matrices. Mean and 95% "
+        "interval (Student's t); gaps are taken seed by seed, one learning rate to one, separate "
+        "to separate; clipped shares are those of the first seed.", draw, (1, 2))
 
 
 def lr(args):

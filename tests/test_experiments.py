@@ -492,6 +492,9 @@ def test_bad_words_are_refused(tmp_path, monkeypatch, capsys):
         main("spikes", "--init=small")
     assert leave.value.code == "spikes: it sets init itself: drop --init"
     with pytest.raises(SystemExit) as leave:
+        main("gap", "--matrix_mult=2", "--dry")
+    assert leave.value.code == "gap: the search is over this: drop --matrix_mult"
+    with pytest.raises(SystemExit) as leave:
         main("length", "--steps=5", "--dry")
     assert leave.value.code == "length: --lengths sets the steps: drop --steps"
 
