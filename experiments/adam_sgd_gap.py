@@ -15,9 +15,9 @@ from dataclasses import fields
 from pathlib import Path
 
 from experiments.methods import (
-    GAP_HEAD, METHODS, MULTIPLIER_START, MULTIPLIERS, NAMES, SEED, clip_shares, final_runs,
-    gap_cells, lr_grid, main, method, plot_by_lr, plot_final, plot_losses, resized, search,
-    search_rows, stable_lr_text, state_bytes)
+    GAP_HEAD, METHODS, MULTIPLIER_START, MULTIPLIERS, NAMES, SEED, clip_shares, compared,
+    final_runs, gap_cells, lr_grid, main, method, plot_by_lr, plot_final, plot_losses, resized,
+    search, search_rows, stable_lr_text, state_bytes)
 from experiments.sweep import (
     STYLES, ExperimentResult, concurrently, finished, fmt, gap_to, interval_text, markdown_table,
     max_stable_lr, outcomes, plot_seeds, rerun_with_new_seeds, run_all)
@@ -37,24 +37,20 @@ def demo(args):
     for row in json.loads(page.read_text())["rows"]:
         if row["role"] == "seed" and row["method"] in NAMES:  # the first of each
             best.setdefault(row["method"], {name: row[name] for name in row.keys() & settings})
-    finals = {name: rerun_with_new_seeds(
+    found = {name: rerun_with_new_seeds(
         method(name, args, **{**row, "data": args.data, **args.override}), args)
         for name, row in best.items()}
-    runs = run_all(sum(finals.values(), []), args)
-    adams = finals["Adam"]
-    rows = [run.row(adam) for seeds in finals.values() for run, adam in zip(seeds, adams)]
+    rows, cells = compared(found, args)
     table = markdown_table(
         ("method", "settings", "validation loss", "gap to Adam", "minutes", "tokens/s"),
-        [(name, seeds[0].settings_text, outcomes(seeds),
-          interval_text(map(gap_to, adams, seeds), "+.1%"),
-          f"{(row['seconds'] or 0) / 60:.1f}", fmt(row["tok_per_s"], ",.0f"))
-         for (name, seeds), row in zip(finals.items(), rows[::args.seeds])])
+        [(*cell, f"{(row['seconds'] or 0) / 60:.1f}", fmt(row["tok_per_s"], ",.0f"))
+         for cell, row in zip(cells, rows[::args.seeds])])
     first = "the first seed" if args.seeds == 1 else f"the first {args.seeds} seeds"
     return ExperimentResult(
-        "Adam, SGD and clipped SGD side by side", table, rows, runs,
+        "Adam, SGD and clipped SGD side by side", table, rows, sum(found.values(), []),
         f"Four methods at the best settings and {first} of {page.with_suffix('.md')}, with "
         "one learning rate for all tensors.",
-        lambda axes: plot_losses(axes, finals))
+        lambda axes: plot_losses(axes, found))
 
 
 def gap(args):

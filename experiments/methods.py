@@ -162,6 +162,17 @@ def gap_cells(runs, adams):
             interval_text([run.loss - other.loss for run, other in zip(runs, adams)], "+.3f"))
 
 
+def compared(found, args):
+    """Runs {method: one per seed}, run: their rows for a page's JSON, and for each method its name,
+    settings, loss and gap as text."""
+    run_all(sum(found.values(), []), args)
+    adams = found["Adam"]
+    rows = [run.row(adam) for runs in found.values() for run, adam in zip(runs, adams)]
+    return rows, [(name, runs[0].settings_text, outcomes(runs),
+                   interval_text(map(gap_to, adams, runs), "+.1%"))
+                  for name, runs in found.items()]
+
+
 GAP_HEAD = "validation loss", "perplexity", "gap to Adam", "gap, nats"
 
 

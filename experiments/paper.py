@@ -12,10 +12,8 @@ from pathlib import Path
 from experiments.adam_sgd_gap import EXPERIMENTS
 from experiments.bench import PEAK_FLOPS
 from experiments.methods import (
-    NAMES, SCALES, SMALL, data_shape, main, method, overrides, plot_losses, state_bytes)
-from experiments.sweep import (
-    ExperimentResult, fmt, gap_to, interval_text, markdown_table, outcomes, rerun_with_new_seeds,
-    run_all)
+    NAMES, SCALES, SMALL, compared, data_shape, main, method, overrides, plot_losses, state_bytes)
+from experiments.sweep import ExperimentResult, fmt, markdown_table, rerun_with_new_seeds
 from loader import UserError
 from model import Config
 
@@ -96,21 +94,17 @@ def paper(args):
     steps = args.override.get("steps", SCALES[args.scale]["steps"])
     curve = {"eval_every": max(1, steps // 10), "keep": "weights", **args.override}
     found = {name: rerun_with_new_seeds(method(name, args, **curve), args) for name in NAMES}
-    run_all(sum(found.values(), []), args)
+    rows, cells = compared(found, args)
     if args.dry:
         return None
-    vocab, seq_len = data_shape(args.data)
-    adams, rows, lines = found["Adam"], [], []
-    for name, runs in found.items():
-        rows += [run.row(adam) for run, adam in zip(runs, adams)]
-        speed = rows[-1]["tok_per_s"]
-        per_token = Config.named(rows[-1]["model"], vocab).flops_per_token(seq_len)
+    (vocab, seq_len), lines = data_shape(args.data), []
+    for cell, runs, row in zip(cells, found.values(), rows[args.seeds - 1::args.seeds]):
+        speed = row["tok_per_s"]
+        per_token = Config.named(row["model"], vocab).flops_per_token(seq_len)
         config = runs[-1].config if speed else {}
         peak = PEAK_FLOPS.get(config.get("device"))  # FLOP/s of a GPU
         mfu = speed * per_token / (config["world_size"] * peak) if speed and peak else None
-        lines.append((name, runs[0].settings_text, outcomes(runs),
-                      interval_text(map(gap_to, adams, runs), "+.1%"), fmt(speed, ",.0f"),
-                      fmt(mfu, ".0%")))
+        lines.append((*cell, fmt(speed, ",.0f"), fmt(mfu, ".0%")))
     table = markdown_table(("method", "settings", "validation loss", "gap to Adam", "tokens/s",
                             "MFU"), lines)
     return ExperimentResult(

@@ -329,7 +329,7 @@ def test_a_torch_that_does_not_describe_the_cpu_takes_float32(monkeypatch):
 def test_killed_runs_end_as_if_never_killed(optimizer, kills, stream, tmp_path):
     """Killed in its first evaluation, in the middle, or anywhere; 0 is the line that the first evaluation writes."""
     words = dict(data=stream, optimizer=optimizer, lr=1e-2, steps=60, eval_every=17, save_every=13, log_every=1)
-    here(out=tmp_path / "never", **words)
+    assert main(*settings(out=tmp_path / "never", **words)) == 0
     out = tmp_path / "killed"
     for step in kills:
         process = launch(*settings(out=out, **words))
@@ -338,7 +338,7 @@ def test_killed_runs_end_as_if_never_killed(optimizer, kills, stream, tmp_path):
         wait_for(out, step, process)
         process.kill()
         assert result(process).returncode == -signal.SIGKILL
-    here(out=out, **words)
+    assert main(*settings(out=out, **words)) == 0
     assert same_end(out, tmp_path / "never")
 
 
@@ -363,7 +363,7 @@ def test_signals_save_and_stop(stream, tmp_path, call):
 def test_a_signal_waits_neither_for_the_step_nor_for_the_evaluation(stream, tmp_path):
     """The step is dropped, the evaluation done anew: the run ends as if nothing had been."""
     words = dict(data=stream, batch_size=32, micro_batch=1, eval_every=2, eval_tokens=10**6, steps=3, log_every=1, save_every=1000)
-    here(out=tmp_path / "never", **words)
+    assert main(*settings(out=tmp_path / "never", **words)) == 0
     out = tmp_path / "stopped"
     for step in (1, 2):  # in step 2, and in the evaluation after it
         process = launch(*settings(out=out, **words))
@@ -371,7 +371,7 @@ def test_a_signal_waits_neither_for_the_step_nor_for_the_evaluation(stream, tmp_
         process.terminate()
         assert f"stopped by a signal after step {step}," in result(process).stdout and process.returncode == 128 + signal.SIGTERM
         assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == step == metrics(out)[-1]["step"] and "train_loss" in metrics(out)[-1]
-    here(out=out, **words)
+    assert main(*settings(out=out, **words)) == 0
     assert same_end(out, tmp_path / "never")
 
 
