@@ -16,19 +16,19 @@ help:  ## this list
 	@echo "at a scale beyond nano, TARGET=what to cost, PYTHON=interpreter."
 	@awk -F ':.*## ' '/^[a-z\/]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(READY)  ## Adam, SGD with momentum and two clipped SGDs: a table and a picture in five minutes
+demo: $(READY)  ## Adam, SGD with momentum and two clipped SGDs: a table and a picture in four to eight minutes
 
 gap: $(READY)  ## seven methods, each at its best settings: the gap to Adam, with intervals; four hours
 
-lr: $(READY)  ## loss against learning rate, and the maximum stable learning rate; ten minutes
+lr: $(READY)  ## loss against learning rate, and the maximum stable learning rate; a quarter of an hour
 
-ablation: $(READY)  ## each clip, both and none, at a small and a large learning rate; an hour
+ablation: $(READY)  ## each clip, both and none, at a small and a large learning rate; forty minutes
 
 batch: $(READY)  ## the gap against the batch size at a fixed number of tokens; two hours
 
 dynamics: $(READY)  ## norms, ratios, imbalance and spikes along training; shares batch's runs
 
-thresholds: $(READY)  ## how the best clips move with width, batch size and steps; an hour
+thresholds: $(READY)  ## how the best clips move with width, batch size and steps; forty minutes
 
 frequency: $(READY)  ## the loss of frequent and rare tokens along training; shares gap's runs
 

@@ -63,7 +63,8 @@ class Settings:
     momentum: float = setting(0.9, "clipped_sgd, sgd, scale: decay of the averaged gradient")
     token_clip: float | None = setting(
         1e-3, "clipped_sgd: max. norm of a row of lm_head's momentum, or none")
-    row_clip: float | None = setting(None, "clipped_sgd: the same for the other matrices, or none")
+    row_clip: float | None = setting(
+        None, "clipped_sgd: the same for the other matrices, or none; all rows: set both")
     row_clip_on: str = setting("all", "which matrices row_clip acts on: all, or embedding")
     update_clip: float | None = setting(5e-4, "clipped_sgd: max. RMS of a tensor's update, or none")
     schedule_update_clip: bool = setting(False, "clipped_sgd: true: update_clip is scheduled as lr")
@@ -130,7 +131,7 @@ def converter(annotation):
 
 
 parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                allow_abbrev=False, argument_default=argparse.SUPPRESS)
+                allow_abbrev=False, argument_default=argparse.SUPPRESS)  # only what is given
 for f in fields(Settings):
     parser.add_argument(f"--{f.name}", type=converter(f.type), metavar="",
                         help=f"{f.metadata['help']} [{f.default}]")
@@ -327,7 +328,7 @@ def train(s):
     problem = compile_problem(device) if s.compile else None
     compiled = s.compile and not dist.any_rank(problem is not None)
     if compiled:
-        model.compile(dynamic=False)
+        model.compile(dynamic=False)  # all but the embedding (model.py)
     elif s.compile:
         dist.print0("running eagerly: torch.compile, which needs a compiler, Python's headers and "
                     f"a cache folder without spaces, fails: {problem or 'on another process'}")
@@ -343,7 +344,9 @@ def train(s):
                 f"{s.steps} steps of {s.batch_size} sequences; {dist.size} x {device.type}, "
                 f"{s.dtype}, {'compiled' if compiled else 'eager'}; from step {start}")
 
-    # how a run evaluates, saves and ends (stop_signal is set just before the loop)
+    # how a run evaluates, saves and ends
+    stop_signal = StopSignal()  # until here a signal ends the process at once
+
     def is_eval_due(step):
         return step == s.steps or (s.eval_every and step % s.eval_every == 0)
 
@@ -379,7 +382,6 @@ def train(s):
         return finish() if metrics.diverged else None
 
     # evaluate at the start, or when resuming from a checkpoint saved before its step's evaluation
-    stop_signal = StopSignal()
     if is_eval_due(start) and metrics.last_eval[0] != start:
         if (status := run_eval(start)) is not None:
             return status
@@ -399,7 +401,7 @@ def train(s):
         for i in range(0, len(inputs), micro_batch):
             if dist.any_rank(stop_signal.number is not None):
                 return stop(step - 1)  # the weights are still those of that step
-            # DDP exchanges gradients in the last micro-batch only
+            # DDP exchanges gradients in the last micro-batch only; one process has no DDP
             ddp_model.require_backward_grad_sync = i + micro_batch >= len(inputs)
             x, y = inputs[i:i + micro_batch], targets[i:i + micro_batch]
             with autocast:

@@ -1,19 +1,23 @@
 """The gap to Adam against the length of training, in tokens per parameter (ours).
 
     python -m experiments.length --scale=micro                  # options as in adam_sgd_gap.py
-    python -m experiments.length --scale=nano --lengths=0.4,2
+    python -m experiments.length --scale=nano --lengths=0.4,2   # at micro's settings, moved
 
-Every length is a run of its own, with its own schedule. Up to FULL tokens per parameter all
-settings of a method are searched, beyond that its step size and the settings in LONG. The search
-begins at the best settings of the length before.
+Every length is a run of its own, with its own schedule. At micro, up to FULL tokens per parameter
+all settings of a method are searched, beyond that its step size and the settings in LONG; the
+search begins at the best settings of the length before. At other scales only the step size is
+searched, from where the best settings at micro point.
 """
 import argparse
+import json
+import math
+from pathlib import Path
 from statistics import fmean
 
 from experiments.methods import (
-    GAP_HEAD, METHODS, data_shape, gap_cells, main, method, resized, search, search_rows)
+    FINE, GAP_HEAD, METHODS, data_shape, gap_cells, main, method, resized, search, search_rows)
 from experiments.sweep import (
-    STYLES, ExperimentResult, concurrently, finished, gap_to, mark_diverged, markdown_table,
+    LR_GRID, STYLES, ExperimentResult, concurrently, finished, gap_to, mark_diverged, markdown_table,
     rerun_with_new_seeds, run_all)
 from loader import UserError
 from model import Config
@@ -21,12 +25,33 @@ from model import Config
 NAMES = "Adam", "SGD with momentum", "clipped SGD", "clipped SGD, all rows", "SCALE"
 LONG = "beta1", "beta2", "momentum", "schedule_update_clip"  # searched at every length
 LENGTHS = 0.4, 2.0, 7.0, 20.0  # tokens per parameter; the paper's are 15 to 21
-FULL = 2.0  # up to here all settings are searched, and the best run at other seeds
+FULL = 2.0  # up to here all settings are searched (at micro), and the best run at other seeds
+MICRO = Path("results/micro/length.json")
 
 
 def step_size(name):
     """The setting that sets the size of a method's steps."""
     return "update_clip" if "update_clip" in METHODS[name]["axes"] else "lr"
+
+
+def moved(name, args, n):
+    """Where the search begins at another scale than micro: at the scale's best settings for its
+    200 steps, moved as micro's best moved from the shortest length to n tokens per parameter;
+    learning rates and clips by the same factor."""
+    if not MICRO.exists():
+        raise UserError(f"{MICRO} is missing, from whose settings this starts: restore it, or run "
+                        "`make length SCALE=micro` first")
+    best = {row["tokens_per_parameter"]: row for row in json.loads(MICRO.read_text())["rows"]
+            if row["role"] == "seed" and row["method"] == name}
+    if n not in best:
+        raise UserError(f"--lengths: {MICRO} has {', '.join(map('{:g}'.format, best))}, not {n:g}")
+    short, long, settings = best[min(best)], best[n], method(name, args).settings
+    start = {axis: long[axis] for axis in METHODS[name]["axes"] if long[axis] != short[axis]}
+    for axis, grid in {"lr": LR_GRID, **METHODS[name]["axes"]}.items():
+        if axis in FINE:
+            value = settings[axis] * long[axis] / short[axis]
+            start[axis] = min(grid, key=lambda x: abs(math.log(x / value)))
+    return start
 
 
 def length(args):
@@ -42,6 +67,8 @@ def length(args):
         found, start = {}, {}
         for n, shape in shapes.items():
             only = None if n <= FULL else (step_size(name), *LONG)
+            if args.scale != "micro":
+                only, start = (step_size(name),), moved(name, args, n)
             best, tried = search(name, args, only, **start, **shape)
             start = {axis: best.settings[axis] for axis in ("lr", *METHODS[name]["axes"])}
             runs = rerun_with_new_seeds(best, args, first=1) if n <= FULL else [best]
@@ -84,13 +111,19 @@ def length(args):
             axes.set(xscale="log", xlabel="tokens per parameter (log scale)")
             axes.set_xticks(list(shapes), [f"{n:g}" for n in shapes])
             axes.minorticks_off()
+    how = (f"Up to {FULL:g} tokens per parameter every setting is searched, from the best of the "
+           "length before, and the best run repeated at other seeds; above, at the search's seed, "
+           "the step size (of clipped SGD the update clip, of others lr), momentum or betas, and "
+           "whether the update clip of clipped SGD on all rows is scheduled.")
+    if args.scale != "micro":
+        how = (f"From the best settings for {args.scale}'s 200 steps, moved as micro's best moved "
+               f"from {min(LENGTHS):g} tokens per parameter to each length (learning rates and "
+               "clips by the same factor), the step size is searched (of clipped SGD the update "
+               f"clip, of others lr); up to {FULL:g} the best run is repeated at other seeds.")
     return ExperimentResult(
         "The gap to Adam against the length of training", table, rows, all_runs,
-        f"Up to {FULL:g} tokens per parameter every setting is searched, from the best of the "
-        "length before, and the best run repeated at other seeds; above, at the search's seed, the "
-        "step size (of clipped SGD the update clip, of others lr), momentum or betas, and whether "
-        "the update clip of clipped SGD on all rows is scheduled. Mean and 95% interval (Student's "
-        f"t) in the table, mean and range in the picture. {parameters:,} parameters.", draw, (1, 2))
+        f"{how} Mean and 95% interval (Student's t) in the table, mean and range in the picture. "
+        f"{parameters:,} parameters.", draw, (1, 2))
 
 
 def lengths(text):

@@ -144,14 +144,15 @@ def test_a_failed_run_is_shown_and_stops_nothing(demo):
     assert "**1 of 4 runs failed** (Adam)" in done.stdout
 
 
-def test_edited_code_is_run_again_and_an_edited_comment_is_not(stream, tmp_path):
+def test_edited_code_is_run_again_and_edited_comments_are_not(stream, tmp_path):
     """A run's folder, by which finished runs are found, is named after the code."""
     for path in [*ROOT.glob("*.py"), ROOT / "experiments"]:
         copy = shutil.copytree if path.is_dir() else shutil.copy
         copy(path, tmp_path / path.name)
     leave_a_gap_page(tmp_path)
     optim, folders = tmp_path / "optim.py", []
-    for old, new in (("", ""), ("# ", "#  "), ("alpha=-lr", "alpha=-2 * lr")):
+    for old, new in (("", ""), ("# ", "#  "), ('"""SGD with', '"""SGD, with'),
+                     ("alpha=-lr", "alpha=-2 * lr")):
         text = optim.read_text()
         assert old in text
         optim.write_text(text.replace(old, new) if old else text)
@@ -159,8 +160,8 @@ def test_edited_code_is_run_again_and_an_edited_comment_is_not(stream, tmp_path)
                       *settings(), cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         folders.append({line.rpartition("--out=")[2] for line in done.stdout.splitlines()})
-    first, comment, code = folders
-    assert first == comment and not first & code and len(first) == len(code) == 4
+    first, comment, docstring, code = folders
+    assert first == comment == docstring and not first & code and len(first) == len(code) == 4
     # edited while a table is at work: the runs after it would be of other code than the first
     table = subprocess.Popen(
         [sys.executable, "-m", "experiments.adam_sgd_gap", "demo", f"--data={stream}", "--jobs=1",
@@ -393,9 +394,11 @@ def test_every_page_stands_whatever_the_runs_came_to(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [])
     others = [name for name in adam_sgd_gap.EXPERIMENTS if name != "gap"]
-    for name in ["gap", *(others + ["spikes", "length"] if outcome != "one seed diverges" else [])]:
+    others += ["spikes", "length --scale=micro", "length"]  # nano's starts from micro's
+    for target in ["gap", *(others if outcome != "one seed diverges" else [])]:
+        name, *words = target.split()
         steps = 110 if name in ("dynamics", "spikes") else 30
-        words = [name, f"--data={stream}", *[f"--steps={steps}"] * (name != "length"),
+        words = [name, *words, f"--data={stream}", *[f"--steps={steps}"] * (name != "length"),
                  *["--seeds=2"] * (name == "demo")]
         for _ in range(60):
             main(*words, "--dry")
@@ -417,7 +420,10 @@ def test_every_page_stands_whatever_the_runs_came_to(
             continue
         assert "FAILED" not in capsys.readouterr().err
         assert outcome == "some fail" or not leave.value.code
-        page = next((tmp_path / "results" / "nano").glob(f"{name}*.json"))
+        scale = "micro" if "--scale=micro" in words else "nano"
+        page = next((tmp_path / "results" / scale).glob(f"{name}*.json"))
+        if scale == "micro":
+            shutil.copy(page, page.with_name("length.json"))  # without the name of the data
         if name == "gap":
             shutil.copy(page, page.with_name("gap.json"))  # the demo reads it
         rows = json.loads(page.read_text(), parse_constant=pytest.fail)["rows"]
@@ -434,7 +440,7 @@ def test_every_page_stands_whatever_the_runs_came_to(
             at = [(row["tokens_per_parameter"], row["method"]) for row in rows
                   if row["role"] == "seed"]
             assert at[:3] == [(0.4, "Adam")] * 3 and at[-1] == (20.0, "SCALE") and len(at) == 5 * 8
-            per_step, count = 32 * 32, 500 * 128 * 2 + 4 * (4 * 128**2 + 3 * 128 * 352) + 9 * 128
+            per_step, count = 32 * 32, Config.named(scale, 500).parameters
             assert {row["steps"] for row in rows if row["tokens_per_parameter"] == 20} == {
                 round(20 * count / per_step)}
         if name == "gap" and outcome == "all is well":
@@ -450,6 +456,31 @@ def test_every_page_stands_whatever_the_runs_came_to(
         if name == "spikes" and outcome == "all is well":
             assert {row["variant"] for row in rows} == {*spikes.VARIANTS, "Fast Embed"}
             assert all(row["spikes"] == [104] for row in rows)
+
+
+def test_longer_training_at_nano_starts_where_the_settings_at_micro_point(
+        stream, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [])
+    rows = [{"role": "seed", "tokens_per_parameter": n, "method": name, "lr": 1.0,
+             **dict.fromkeys(methods.METHODS[name]["axes"], 0.5)}
+            for name in length.NAMES for n in (0.4, 7.0)]
+    clipped = [row for row in rows if row["method"] == "clipped SGD"]
+    clipped[0] |= {"lr": 1000.0, "update_clip": 1.58e-3, "token_clip": 1e-4, "momentum": 0.5}
+    clipped[1] |= {"lr": 316.0, "update_clip": 5e-4, "token_clip": 3.16e-5, "momentum": 0.95}
+    length.MICRO.parent.mkdir(parents=True)
+    length.MICRO.write_text(json.dumps({"rows": rows}))
+    main("length", "--dry", f"--data={stream}", "--lengths=0.4,7")
+    commands = [line for line in capsys.readouterr().out.splitlines() if "token_clip=0.0" in line]
+    start = "--lr=316.0 --token_clip=0.001 --update_clip=0.0005 --momentum=0.8"  # nano's best
+    assert any(start in command for command in commands)
+    # nano's lr and clips by micro's factor, the momentum that micro changed to; and its neighbours
+    for update_clip in ("5e-05", "0.000158", "0.0005"):
+        moved = f"--lr=100.0 --token_clip=0.000316 --update_clip={update_clip} --momentum=0.95"
+        assert any(moved in command for command in commands)
+    with pytest.raises(SystemExit) as leave:
+        main("length", "--dry", f"--data={stream}", "--lengths=3")
+    assert leave.value.code == "length: --lengths: results/micro/length.json has 0.4, 7, not 3"
 
 
 def test_seeds_are_a_mean_and_a_band_and_divergences_are_above_the_losses():
@@ -497,6 +528,9 @@ def test_bad_words_are_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as leave:
         main("length", "--steps=5", "--dry")
     assert leave.value.code == "length: --lengths sets the steps: drop --steps"
+    with pytest.raises(SystemExit) as leave:
+        main("length", "--dry")
+    assert "results/micro/length.json is missing" in leave.value.code
 
 
 def test_a_dry_run_prints_the_commands_and_does_nothing(tmp_path, monkeypatch, call):
