@@ -45,9 +45,11 @@ def moved(name, args, n):
             if row["role"] == "seed" and row["method"] == name}
     if n not in best:
         raise UserError(f"--lengths: {MICRO} has {', '.join(map('{:g}'.format, best))}, not {n:g}")
-    short, long, settings = best[min(best)], best[n], method(name, args).settings
-    start = {axis: long[axis] for axis in METHODS[name]["axes"] if long[axis] != short[axis]}
+    short, long, settings, start = best[min(best)], best[n], method(name, args).settings, {}
     for axis, grid in {"lr": LR_GRID, **METHODS[name]["axes"]}.items():
+        if axis in args.override or long[axis] == short[axis]:
+            continue
+        start[axis] = long[axis]
         if axis in FINE:
             value = settings[axis] * long[axis] / short[axis]
             start[axis] = min(grid, key=lambda x: abs(math.log(x / value)))
