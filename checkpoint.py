@@ -170,7 +170,11 @@ class RunDir:
         is called when the folder is free, but not yet there if it is new."""
         try:
             if self.config.exists():
-                self.check_identity(self.config, json.loads(self.config.read_text()))
+                config = json.loads(self.config.read_text())
+                self.check_identity(self.config, config)
+                code = code_hashes().items()
+                if edited := [k for k, v in code if config.get("code", {}).get(k, v) != v]:
+                    self.dist.print0(f"{', '.join(edited)}: edited since {self.path} was begun")
             elif self.path.is_dir() and (
                     {p.name for p in self.path.iterdir()} - {"lock", "config.json.tmp"}):
                 raise UserError(f"--out={self.path} holds other files and no run: choose another")
@@ -206,7 +210,7 @@ class RunDir:
             line = json.loads(self.metrics.read_bytes().splitlines()[-1])
         except (FileNotFoundError, IndexError, ValueError):  # not there yet, empty or torn
             return None
-        return line if line.get("final") else None
+        return line if isinstance(line, dict) and line.get("final") else None
 
     def lock(self):
         """Locks the folder for as long as this process lives."""
@@ -232,18 +236,22 @@ class RunDir:
     @rank0
     def save(self, step, seconds, last_eval, model, optimizer):
         """Writes ckpt.pt, whole or not at all."""
-        with access("write", self.metrics), open(self.metrics, "ab") as f:
-            os.fsync(f.fileno())
-            metrics_bytes = f.tell()
         state = {"identity": self.identity, "step": step, "seconds": seconds,
-                 "last_eval": last_eval, "metrics_bytes": metrics_bytes,
+                 "last_eval": last_eval, "metrics_bytes": self.sync_metrics(),
                  "model": model.state_dict(), "optimizer": optimizer.state_dict()}
         replace(self.ckpt, lambda f: torch.save(state, f))
         self.saved = time.monotonic()
 
+    def sync_metrics(self):
+        """Waits until metrics.jsonl is on the disk. Returns its size in bytes."""
+        with access("write", self.metrics), open(self.metrics, "ab") as f:
+            os.fsync(f.fileno())
+            return f.tell()
+
     @rank0
     def discard(self, keep, model):
         """Of a finished run's checkpoint, what is not kept: nothing, or all but the weights."""
+        self.sync_metrics()  # a run without its last line would need the checkpoint
         if keep == "nothing":
             with access("write", self.ckpt):
                 self.ckpt.unlink(missing_ok=True)
@@ -310,7 +318,7 @@ def git_commit():
 def describe(settings, dist):
     """What config.json says of a run beside its identity: enough to repeat it."""
     return {"settings": asdict(settings), "device": hardware(dist.device), "world_size": dist.size,
-            "threads": torch.get_num_threads(), "git_commit": git_commit(),
+            "threads": torch.get_num_threads(), "git_commit": git_commit(), "code": code_hashes(),
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__}}

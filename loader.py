@@ -58,8 +58,8 @@ def read_meta(folder):
     path = folder / "meta.json"
     with access("read", path, "is broken"):
         if not folder.is_dir():
-            raise UserError(f"no data directory {folder}: make one with data/prepare.py, for "
-                            f"instance `python data/prepare.py python --out={folder}`")
+            raise UserError(f"{folder} is no data directory: make one with data/prepare.py, for "
+                            "instance `python data/prepare.py python --out=data/python`")
         if not path.exists():
             return llmc_meta(folder)
         meta = json.loads(path.read_text())
@@ -94,14 +94,22 @@ def find_shards(folder, split):
                       if path.suffix == ".bin" and re.search(rf"(^|_){split}[_.]", path.name))
 
 
-def fingerprint(folder):
-    """sha256 of meta.json, or without one of the names and sizes of the shards."""
-    path = Path(folder) / "meta.json"
-    with access("read", path):
-        if path.exists():
-            return hashlib.sha256(path.read_bytes()).hexdigest()
-        shards = sorted([p.name, p.stat().st_size] for p in Path(folder).glob("*.bin"))
-    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
+def fingerprint(folder, block=2**16):
+    """sha256 of what a data directory or a Hugging Face model holds: the names and sizes of its
+    files and a block at the start, in the middle and at the end of each."""
+    digest = hashlib.sha256()
+    with access("read", folder):
+        for path in sorted(Path(folder).glob("*")):
+            if path.suffix not in (".bin", ".safetensors") and path.name not in (
+                    "meta.json", "config.json"):
+                continue
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size} ".encode())
+            with open(path, "rb") as f:
+                for start in (0, (size - block) // 2, size - block):
+                    f.seek(max(0, start))
+                    digest.update(f.read(block))
+    return digest.hexdigest()
 
 
 def open_shard(path):

@@ -48,6 +48,8 @@ def _multi_tensor(params, grads, momenta, lr, momentum, token_clip, update_clip)
     if token_clip is not None or update_clip is not None:  # a tensor's norm is that of its rows'
         row_norms = [_norm(m, dim=-1, keepdim=True) for m in momenta]
     if token_clip is not None:
+        # the norm of a finite row may overflow to inf, and inf x 0 would be nan
+        row_norms = [norm.clamp(max=torch.finfo(norm.dtype).max) for norm in row_norms]
         row_factors = [(token_clip / norm).clamp_(max=1.0) for norm in row_norms]
         row_norms = torch._foreach_mul(row_norms, row_factors)  # the norms after the clip
     if update_clip is not None:

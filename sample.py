@@ -52,8 +52,7 @@ def load_run(folder, data=None):
     if not all(w.isfinite().all() for w in weights.values()):
         raise UserError(f"{folder} diverged, its weights are not finite: choose another --ckpt")
     if not data.exists():
-        raise UserError(f"{folder} was trained on {data}, which no longer exists: pass its new "
-                        "place with --data")
+        raise UserError(f"the data of {folder}, {data}, is not there: pass its place with --data")
     meta = read_meta(data)
     if fingerprint(data) != trained_on:
         other = f"{data} is not the data that {folder} was trained on: give that by --data"
@@ -141,8 +140,8 @@ def export(model, folder, seq_len, tokenizer):
         "max_position_embeddings": seq_len, "initializer_range": 0.02, "torch_dtype": "float32",
         "bos_token_id": tokenizer.eos_id,  # a document follows an eos in training
         "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}, indent=1).encode()
-    folder = folder.resolve()
     try:
+        folder = folder.resolve()
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"--export={folder} is not empty: choose another folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +152,7 @@ def export(model, folder, seq_len, tokenizer):
             for name, content in files.items():
                 (new / name).write_bytes(content)
             new.rename(folder)
-    except (OSError, SafetensorError) as e:
+    except (OSError, RuntimeError, SafetensorError) as e:  # a loop of links is a RuntimeError
         raise unusable(f"--export={folder}", e, "make room, or choose another folder") from None
 
 
@@ -235,6 +234,8 @@ def load_pretrained(folder, config):
         raise UserError(f"--init_from={folder} differs from what --model and the data's "
                         f"vocabulary make: {' '.join(', '.join(differ[:3]).split()):.400}")
     weights = {name: w.float() for name, w in weights.items()}
+    if not all(w.isfinite().all() for w in weights.values()):
+        raise UserError(f"--init_from={folder} has weights that are not finite: choose another")
     if config.embedding == "scale":  # as export() multiplied
         weights[embedding] = weights[embedding] / config.hidden**0.5
     return weights

@@ -102,9 +102,10 @@ CHOICES = {"model": tuple(SIZES), "optimizer": tuple(OPTIMIZER_SETTINGS),
            "embedding": (None, "detach", "norm", "scale", "large"), "init": (None, "small"),
            "row_clip_on": ("all", "embedding"), "keep": ("all", "weights", "nothing"),
            "dtype": ("auto", "float32", "bfloat16"), "device": ("auto", "cpu", "cuda")}
-# may change when a run continues; the other settings and the content of the data identify it
-MAY_CHANGE = ("out", "data", "micro_batch", "log_every", "diag_every", "save_every", "keep",
-              "wandb", "compile", "device")
+# may change when a run continues; the other settings and the content of data and init_from
+# identify it
+MAY_CHANGE = ("out", "data", "init_from", "micro_batch", "log_every", "diag_every", "save_every",
+              "keep", "wandb", "compile", "device")
 
 
 class Parser(argparse.ArgumentParser):
@@ -157,11 +158,11 @@ def parse(argv):
         elif name in ("warmup", "min_lr"):
             require(0 <= value <= 1, name, "it is a fraction, from 0 to 1")
         elif name == "weight_decay":
-            require(0 <= value < math.inf, name, "it must be at least 0")
+            require(0 <= value < math.inf, name, "it must be at least 0, and finite")
         elif name == "seed":
             require(0 <= value < 2**63, name, "it must be at least 0 and below 2^63")
         elif type(value) in (int, float):
-            require(0 < value < math.inf, name, "it must be above 0")
+            require(0 < value < math.inf, name, "it must be above 0, and finite")
 
     # settings that need others: require(a or not b) says that b needs a
     for optimizer, names in OPTIMIZER_SETTINGS.items():
@@ -299,6 +300,7 @@ def train(s):
     # what identifies the run, checked to be the same on all ranks
     identity = {name: value for name, value in asdict(s).items() if name not in MAY_CHANGE}
     identity["data_sha256"] = fingerprint(s.data)
+    identity["init_from_sha256"] = s.init_from and fingerprint(s.init_from)
     dist.check_same({**asdict(s), **identity, **code_hashes(), "device": device.type,
                      "data": f"{len(sampler.dataset)} + {len(val_data)} sequences"},
                     "start all with the same settings, data and code")
@@ -308,7 +310,7 @@ def train(s):
     torch.manual_seed(s.seed)
     config = Config.named(s.model, val_data.vocab_size, embedding=s.embedding, init=s.init)
     model = LLaMA(config).to(device)
-    if s.init_from and not dist.broadcast(run_dir.ckpt.exists()):  # when resuming, not again
+    if s.init_from and not dist.broadcast(os.path.exists(run_dir.ckpt)):  # when resuming, not again
         from sample import load_pretrained  # imported here, as it needs more packages
         model.load_state_dict(dist.rank0_first(load_pretrained, s.init_from, config))
     options = {name: getattr(s, name) for name in OPTIMIZER_SETTINGS[s.optimizer]}
@@ -440,9 +442,13 @@ def main(argv):
     except UserError as e:
         print(f"train.py: {e}", file=sys.stderr)
         return e.status
-    except torch.OutOfMemoryError:
-        print("train.py: the GPU's memory is full: lower --micro_batch", file=sys.stderr)
+    except RuntimeError as e:
+        if not (isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e)):
+            raise
+        print("train.py: memory is full: lower --micro_batch", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # before the loop
+        return 130
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
         sys.stdout.flush()

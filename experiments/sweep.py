@@ -52,6 +52,12 @@ def all_settings(*words):
 
 
 @cache
+def content(folder):
+    """The fingerprint of a data directory or a Hugging Face model; of none, None."""
+    return folder and fingerprint(folder)
+
+
+@cache
 def sequences(data):
     """The number of training sequences of a data directory."""
     return len(TokenDataset(data, "train"))
@@ -68,7 +74,8 @@ class Run:
         self.lr = settings["lr"]
         self.words = [f"--{k}={'none' if v is None else v}" for k, v in settings.items()]
         every = all_settings(*self.words)
-        key = json.dumps([every, fingerprint(every["data"]), code_hash(), THREADS])
+        key = json.dumps([every, content(every["data"]), content(every["init_from"]), code_hash(),
+                          THREADS])
         name = "-".join(str(every[k]) for k in ("model", "optimizer", "lr", "seed"))
         self.out = Path("runs") / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
         self.words.append(f"--out={self.out}")
@@ -124,7 +131,9 @@ class Run:
     @property
     def config(self):
         """config.json: its settings, hardware and versions."""
-        return json.loads((self.out / "config.json").read_text())
+        path = self.out / "config.json"
+        with access("read", path, "is broken", "restore it, or move its folder and start again"):
+            return json.loads(path.read_text())
 
     @property
     def spikes(self):

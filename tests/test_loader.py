@@ -157,7 +157,7 @@ def test_a_shard_that_changes_is_named(numbers):
 
 
 def test_bad_directories_are_named(numbers, tmp_path):
-    with pytest.raises(UserError, match="no data directory"):
+    with pytest.raises(UserError, match="is no data directory"):
         TokenDataset(tmp_path / "none", "train")
     meta = json.loads((numbers / "meta.json").read_text())
     for change, words in (({"complete": False}, "again to finish"), ({"layout": "heap"}, "heap"), ({"vocab_size": 70000}, "70000"),
@@ -186,8 +186,17 @@ def test_shards_of_llm_c_as_they_are(tmp_path):
     x, y = train[np.array([0, 3])]
     assert x[0, 0] == 0 and x[1, 0] == 1256 and torch.equal(y, x + 1) and token_counts(tmp_path, 50257) is None
     first = fingerprint(tmp_path)
-    shard(tmp_path / "fineweb_train_000001.bin", range(700))
-    assert fingerprint(tmp_path) != first
+    for tokens in (range(700), range(1, 701)):  # another length, and other tokens
+        shard(tmp_path / "fineweb_train_000001.bin", tokens)
+        assert fingerprint(tmp_path) != first
+        first = fingerprint(tmp_path)
+    with open(tmp_path / "fineweb_train_000001.bin", "r+b") as f:
+        for place in (0, 10**6, 2 * 10**6):  # of a large file it reads the start, middle and end
+            f.seek(place)
+            f.write(b"x")
+            f.flush()
+            assert fingerprint(tmp_path) != first
+            first = fingerprint(tmp_path)
 
 
 def test_too_little_text_is_said(numbers):

@@ -80,6 +80,14 @@ def test_equals_the_reference(momentum, token_clip, update_clip, foreach):
 
 
 @pytest.mark.parametrize("foreach", [True, False])
+def test_a_row_whose_norm_overflows_leaves_the_others_alone(foreach):
+    p = torch.nn.Parameter(torch.ones(2, 3))
+    p.grad = torch.tensor([[1e30] * 3, [1.0] * 3])  # 1e60 is inf in fp32
+    ClippedSGD([p], lr=1.0, momentum=0.0, token_clip=1e-3, update_clip=1.0, foreach=foreach).step()
+    assert p[0].tolist() == [1, 1, 1] and torch.allclose(1 - p[1], torch.full((3,), 1e-3 / 3**0.5), rtol=1e-3)
+
+
+@pytest.mark.parametrize("foreach", [True, False])
 def test_without_clips_it_is_torchs_sgd(foreach):
     """With dampening = momentum, and at 1 / (1 - momentum) times the learning rate of SGD without dampening."""
     ours, theirs, undamped = start(FP64), start(FP64), start(FP64)

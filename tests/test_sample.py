@@ -1,5 +1,6 @@
 import io
 import json
+import math
 import os
 import re
 import resource
@@ -71,6 +72,13 @@ def test_the_way_to_hugging_face_and_back(run, hf, stream, tmp_path):
     train.train(train.parse(settings(data=stream, out=tmp_path / "on", init_from=hf)))
     last = [x for x in metrics(run) if "val_tokens" in x][-1]
     assert metrics(tmp_path / "on")[0]["val_loss"] == pytest.approx(last["val_loss"], rel=1e-6)
+    again = shutil.copytree(hf, tmp_path / "again")  # not the path but the weights identify the run
+    words = dict(data=stream, out=tmp_path / "on", init_from=again)
+    train.train(train.parse(settings(**words)))
+    weights = load_file(again / "model.safetensors")
+    save_file({name: w + 1 for name, w in weights.items()}, again / "model.safetensors")
+    with pytest.raises(UserError, match="init_from_sha256"):
+        train.train(train.parse(settings(**words)))
     scaled = LLaMA(Config.named("nano", 500, embedding="scale"))
     export(scaled, tmp_path / "scaled", 32, Tokenizer(stream, read_meta(stream)))
     again = load_pretrained(tmp_path / "scaled", scaled.config)
@@ -129,6 +137,9 @@ def test_what_is_refused(run, hf, stream, tmp_path, call):
         (bad / "model.safetensors").write_bytes(broken)
         with pytest.raises(UserError, match="export it again"):
             load_pretrained(bad, config)
+    save_file({name: w * math.nan for name, w in load_file(hf / "model.safetensors").items()}, bad / "model.safetensors")
+    with pytest.raises(UserError, match="not finite"):
+        load_pretrained(bad, config)
     with pytest.raises(UserError, match=r"lm_head.weight \[500, 128\] \(here \[600, 128\]\)"):
         load_pretrained(hf, Config.named("nano", 600))
     other = json.loads((bad / "config.json").read_text()) | {"rope_theta": 500000.0}

@@ -131,6 +131,17 @@ def test_a_finished_run_is_left_alone(whole, stream, capsys):
     assert before == {p.name: p.read_bytes() for p in whole.iterdir()}
 
 
+def test_edited_code_is_said(whole, stream, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    config = json.loads((whole / "config.json").read_text())
+    config["code"]["optim.py"] = "another"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    here(data=stream, out=tmp_path / "run")
+    assert f"optim.py: edited since {tmp_path / 'run'} was begun" in capsys.readouterr().out
+    here(data=stream, out=whole)
+    assert "edited" not in capsys.readouterr().out
+
+
 def test_neither_micro_batch_nor_world_size_changes_the_losses(whole, stream, rows, tmp_path):
     """Rows are the harder case: the number of targets differs from rank to rank and from one micro-batch to the next."""
     here(data=stream, out=tmp_path / "stream", micro_batch=2)
