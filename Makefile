@@ -8,6 +8,7 @@ READY := .venv/installed $(if $(DRY),,$(DATA))
 OPTIONS = --scale=$(SCALE) --data=$(DATA) $(if $(SEEDS),--seeds=$(SEEDS)) \
 	$(if $(NPROC),--nproc=$(NPROC)) $(if $(JOBS),--jobs=$(JOBS)) $(if $(DRY),--dry) \
 	$(if $(TUNE),--tune) $(FLAGS)
+ECHO := $(if $(DRY),@echo)
 
 help:  ## this list
 	@echo "Targets (times: two CPU cores). Variables: SCALE=60m and so on, DATA=data directory,"
@@ -45,22 +46,23 @@ paper: $(READY)  ## at SCALE the paper's comparison at stated settings, no searc
 
 cost: .venv/installed  ## of TARGET at SCALE: runs, hours, memory, disk, files; runs nothing
 	$(PY) -m experiments.paper cost --scale=$(SCALE) --data=$(DATA) \
-		$(if $(TARGET),--target=$(TARGET)) $(FLAGS)
+		$(if $(TARGET),--target=$(TARGET)) $(if $(SEEDS),--seeds=$(SEEDS)) \
+		$(if $(NPROC),--gpus=$(NPROC)) $(FLAGS)
 
 spikes: $(READY)  ## Spike No More's variants over learning rates: loss and spikes; an hour
 	$(PY) -m experiments.spikes $(OPTIONS)
 
 toy: .venv/installed  ## softmax and quadratic models with rare classes; two minutes
-	$(PY) -m experiments.heavy_tails
+	$(ECHO) $(PY) -m experiments.heavy_tails $(FLAGS)
 
-images: .venv/installed $(MNIST) data/omniglot  ## rare classes in images: a CNN, ResNet18 and ViT; 1.2 hours
-	$(PY) -m experiments.images
+images: .venv/installed $(if $(DRY),,$(MNIST) data/omniglot)  ## rare classes in images: a CNN, ResNet18 and ViT; 1.2 hours
+	$(ECHO) $(PY) -m experiments.images $(FLAGS)
 
 report: .venv/installed  ## RESULTS.md from results/; seconds
 	$(PY) -m experiments.report
 
-bench: .venv/installed $(DATA)  ## speed and memory beside transformers (if it is installed); a quarter of an hour
-	$(PY) -m experiments.bench --model=$(SCALE) --data=$(DATA)
+bench: $(READY)  ## speed and memory beside transformers (if it is installed); a quarter of an hour
+	$(ECHO) $(PY) -m experiments.bench --model=$(SCALE) --data=$(DATA) $(FLAGS)
 
 drill: .venv/installed  ## faults and damaged files: what survives, what is lost; six minutes
 	$(PY) dev/drill.py

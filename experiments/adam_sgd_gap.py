@@ -21,7 +21,7 @@ from experiments.methods import (
 from experiments.sweep import (
     STYLES, ExperimentResult, concurrently, finished, fmt, gap_to, interval_text, markdown_table,
     max_stable_lr, outcomes, plot_seeds, rerun_with_new_seeds, run_all)
-from loader import UserError, read_meta, token_counts
+from loader import UserError, access, read_meta, token_counts
 from metrics import frequency_groups
 from model import SIZES
 from train import Settings
@@ -34,9 +34,10 @@ def demo(args):
         raise UserError(f"{pages[0]} is missing, and the demo runs at its settings: restore it, or "
                         f"run `make gap SCALE={args.scale} DATA={args.data}` first")
     settings, best = {field.name for field in fields(Settings)}, {}
-    for row in json.loads(page.read_text())["rows"]:
-        if row["role"] == "seed" and row["method"] in NAMES:  # the first of each
-            best.setdefault(row["method"], {name: row[name] for name in row.keys() & settings})
+    with access("read", page, "is broken", "restore it, or run `make gap` again"):
+        for row in json.loads(page.read_text())["rows"]:
+            if row["role"] == "seed" and row["method"] in NAMES:  # the first of each
+                best.setdefault(row["method"], {name: row[name] for name in row.keys() & settings})
     found = {name: rerun_with_new_seeds(
         method(name, args, **{**row, "data": args.data, **args.override}), args)
         for name, row in best.items()}
@@ -208,7 +209,7 @@ def batch_sizes(args):
     """Changes for batches of 1/16, 1/4, 1 and 4 times the scale's, at its number of tokens."""
     s = method("Adam", args).settings
     size = s["batch_size"]
-    return [resized(s, args, n, size * s["steps"] // max(1, n))
+    return [resized(args, n, size * s["steps"] // max(1, n))
             for n in (size // 16, size // 4, size, 4 * size)]
 
 
@@ -280,9 +281,9 @@ def thresholds(args):
     s, axes = method("Adam", args).settings, ("lr", "update_clip", "token_clip")
     size, steps, i = s["batch_size"] // 2, s["steps"] // 2, list(SIZES).index(s["model"])
     points = [{"model": model} for model in list(SIZES)[max(0, i - 1):i + 2] if model != s["model"]]
-    points += [resized(s, args, n, steps) for n in (size // 4, 4 * size)]
-    points += [resized(s, args, size, n) for n in (steps // 4, 4 * steps)]
-    base = resized(s, args, size, steps)
+    points += [resized(args, n, steps) for n in (size // 4, 4 * size)]
+    points += [resized(args, size, n) for n in (steps // 4, 4 * steps)]
+    base = resized(args, size, steps)
     found = [search("clipped SGD", args, axes, **base)]
     centre = found[0][0]
     base |= {axis: centre.settings[axis] for axis in axes}
@@ -323,6 +324,7 @@ def thresholds(args):
 def frequency(args):
     """Figure 1 of Kunstner et al. 2024, with clipped SGD as one more optimizer; gap's runs."""
     names = NAMES[:3]
+    read_meta(args.data)
     if not args.dry and not Path(args.data, "token_counts.npy").exists():
         raise UserError(f"{args.data}/token_counts.npy is missing: restore it, or prepare the data "
                         "again with data/prepare.py into another folder")

@@ -185,6 +185,8 @@ def main():
     args = parser.parse_args()
     if args.batch is not None and (args.batch < 2 or args.batch % 2):
         parser.error(f"--batch={args.batch}: two processes share it: give an even number")
+    if args.rounds < 1:
+        parser.error("--rounds starts at 1")
     for part in args.part:
         parts[part](args)
     print(f"\n{hardware(DEVICE)}, torch {torch.__version__}")

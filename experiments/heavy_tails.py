@@ -11,7 +11,9 @@ results/toy/NAME.md, .json and .png. Images are in images.py.
 """
 import argparse
 import math
+import os
 import shlex
+import sys
 import time
 from functools import cache, partial
 from pathlib import Path
@@ -132,7 +134,7 @@ def save(path, net, optimizer, history):
     state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
     with access("write", path):
         path.parent.mkdir(exist_ok=True)
-    replace(path, lambda f: torch.save(state, f))
+    replace(path, lambda f: torch.save(state, f), f".{os.getpid()}.tmp")  # two may be at work
     print(f"{path}: {len(history)} steps, {time.strftime('%H:%M:%S')}", flush=True)
 
 
@@ -318,16 +320,17 @@ def softmax(m, steps):
 
 
 def large(m, steps):
-    """Three methods at the paper's step sizes. runs/large-m11-GD.pt and so on are checkpoints: the
-    same command, also with more steps, continues from them."""
+    """Three methods at the paper's step sizes. runs/large-*.pt are checkpoints: the same command,
+    also with more steps, continues from them."""
     runs = {}
     for name in ("GD", "sign descent", "Adam"):
         problem = softmax_problem(m)
         problem.chunk, problem.bf16 = 4096, BF16
         if BF16:
             problem.X = problem.X.bfloat16()
-        path = Path(f"runs/large-m{m}-{name.replace(' ', '-')}.pt")
         step_size = paper_step_size(name, m)
+        path = Path(f"runs/large-m{m}-{name.replace(' ', '-')}-{step_size:.3g}"
+                    f"{'-bf16' * BF16}.pt")
         runs[name] = step_size, *train(problem, name, step_size, steps, path)
     caption = (
         "Kunstner et al. 2024 (m = 11, 1,000 steps): GD hardly learns the rare classes, sign "
@@ -468,6 +471,8 @@ def main(module="heavy_tails", about=__doc__, experiments=EXPERIMENTS, default="
                        shlex.join(words))
         except UserError as e:
             parser.exit(1, f"{name}: {e}\n")
+        except KeyboardInterrupt:
+            sys.exit(130)
 
 
 if __name__ == "__main__":

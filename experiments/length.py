@@ -15,11 +15,12 @@ from pathlib import Path
 from statistics import fmean
 
 from experiments.methods import (
-    FINE, GAP_HEAD, METHODS, data_shape, gap_cells, main, method, resized, search, search_rows)
+    FINE, GAP_HEAD, METHODS, data_shape, gap_cells, main, method, resized, search,
+    search_rows)
 from experiments.sweep import (
-    LR_GRID, STYLES, ExperimentResult, concurrently, finished, gap_to, mark_diverged, markdown_table,
-    rerun_with_new_seeds, run_all)
-from loader import UserError
+    LR_GRID, STYLES, ExperimentResult, concurrently, finished, gap_to, mark_diverged,
+    markdown_table, rerun_with_new_seeds, run_all)
+from loader import UserError, access
 from model import Config
 
 NAMES = "Adam", "SGD with momentum", "clipped SGD", "clipped SGD, all rows", "SCALE"
@@ -41,8 +42,9 @@ def moved(name, args, n):
     if not MICRO.exists():
         raise UserError(f"{MICRO} is missing, from whose settings this starts: restore it, or run "
                         "`make length SCALE=micro` first")
-    best = {row["tokens_per_parameter"]: row for row in json.loads(MICRO.read_text())["rows"]
-            if row["role"] == "seed" and row["method"] == name}
+    with access("read", MICRO, "is broken", "restore it, or run `make length SCALE=micro` again"):
+        best = {row["tokens_per_parameter"]: row for row in json.loads(MICRO.read_text())["rows"]
+                if row["role"] == "seed" and row["method"] == name}
     if n not in best:
         raise UserError(f"--lengths: {MICRO} has {', '.join(map('{:g}'.format, best))}, not {n:g}")
     short, long, settings, start = best[min(best)], best[n], method(name, args).settings, {}
@@ -62,7 +64,7 @@ def length(args):
     s, (vocab_size, seq_len) = method("Adam", args).settings, data_shape(args.data)
     per_step = s["batch_size"] * seq_len
     parameters = Config.named(s["model"], vocab_size).parameters
-    shapes = {n: resized(s, args, s["batch_size"], round(n * parameters / per_step))
+    shapes = {n: resized(args, s["batch_size"], round(n * parameters / per_step))
               for n in args.lengths}
 
     def along(name):

@@ -100,6 +100,12 @@ def method(name, args, **changes):
     for setting, other in spec.get("tied", {}).items():
         if settings[other] is not None:
             settings[setting] = settings[other]
+    share, rest = divmod(settings["batch_size"], args.nproc)
+    if rest:
+        raise UserError(f"a batch of {settings['batch_size']} sequences does not divide among "
+                        f"{args.nproc} processes: change --batch_size or their number")
+    if settings.get("micro_batch"):  # at most this many
+        settings["micro_batch"] = math.gcd(settings["micro_batch"], share)
     return Run(name, settings, ("lr", *spec["axes"], *spec.get("tied", ()), *MULTIPLIERS))
 
 
@@ -200,14 +206,13 @@ def data_shape(data):
     return meta["vocab_size"], meta["seq_len"]
 
 
-def resized(s, args, batch_size, steps):
-    """What changes in settings s for a batch size and steps."""
-    if batch_size < args.nproc or steps < 1:
-        raise UserError(f"{steps} steps of {batch_size} sequences with --nproc={args.nproc} cannot "
-                        "be run: give more --steps (length: --lengths) or a larger --batch_size")
+def resized(args, batch_size, steps):
+    """The changes for a batch size and a number of steps. Raises UserError if no run has them."""
+    if min(batch_size, steps) < 1:
+        raise UserError(f"{steps} steps of {batch_size} sequences cannot be run: give more --steps "
+                        "(length: --lengths) or a larger --batch_size")
     changes = {"batch_size": batch_size, "steps": steps}
-    if s.get("micro_batch"):
-        changes["micro_batch"] = min(s["micro_batch"], batch_size // args.nproc)
+    method("Adam", args, **changes)
     return changes
 
 
@@ -274,6 +279,11 @@ def overrides(words, parser):
     return found
 
 
+def in_name(value):
+    """A setting as a part of a page's name; data/news is news, other/news is other-news."""
+    return str(value).removeprefix("data/").strip("/").replace("/", "-")
+
+
 def main(experiments, data="data/python", **more):
     """The command line: one of {name: function}, its options, and settings of train.py. data is
     the default of --data; `more`, {name: (type, default)}, are options of these alone."""
@@ -304,7 +314,7 @@ def main(experiments, data="data/python", **more):
         parser.error("--jobs and --nproc start at 1")
     args.override, args.data = overrides(others, parser), args.data.rstrip("/")
     # what is not the default is in the page's name
-    args.data_suffix = "" if args.data == data else f"-{Path(args.data).name}"
+    args.data_suffix = "" if args.data == data else f"-{in_name(args.data)}"
     args.suffix = args.data_suffix
     for name, (_, value) in more.items():
         if getattr(args, name) != value:
@@ -313,7 +323,7 @@ def main(experiments, data="data/python", **more):
     args.suffix += "" if args.seeds in (None, default) else f"-seeds{args.seeds}"
     args.seeds = args.seeds or default
     for name, value in args.override.items():
-        args.suffix += f"-{name}{Path(str(value)).name}"  # of a path its last part
+        args.suffix += f"-{name}{in_name(value)}"
     module = f"experiments.{Path(sys.argv[0]).stem}"
     args.command = shlex.join(["python", "-m", module, *sys.argv[1:]])
     args.pool, args.commit = ThreadPoolExecutor(args.jobs), git_commit()

@@ -22,15 +22,15 @@ C4_DOCUMENTS, C4_GB = 364_868_892 / 1024, 305 / 1024  # of one of its 1,024 file
 SHARES = {"spikes": 0.5, "thresholds": None, "length": None}
 
 
-def memory(s, vocab, seq_len):
-    """GiB per GPU under bf16 autocast, by part (ours).
+def memory(s, vocab, seq_len, gpus):
+    """GiB on each of these GPUs under bf16 autocast, by part (ours).
 
     Each layer keeps 7 x hidden + 3 x ffn activations per token, and the logits of a micro-batch
     come with their gradient. The weights are copied in bf16 for the products, and in fp32 for the
     diagnostics.
     """
     config = Config.named(s["model"], vocab)
-    tokens = (s.get("micro_batch") or s["batch_size"]) * seq_len
+    tokens = (s.get("micro_batch") or s["batch_size"] // gpus) * seq_len
     parts = {"weights": 4 * config.parameters, "gradients": 4 * config.parameters,
              "optimizer state": state_bytes(s, vocab) * config.parameters,
              "copies of the weights": 6 * config.parameters,
@@ -51,22 +51,22 @@ def number_of_runs(target, seeds, scale):
     return None, f"no page of {target} says how many"
 
 
-def cost(args, target="paper", seeds=1, gpus=8, peak=989e12, mfu=0.4):
-    """The table of what one run takes, and all runs of a target, on GPUs of `peak` FLOP/s (default:
-    an H100's, dense bf16) of which they reach the share `mfu`."""
+def cost(args, target="paper", peak=989e12, mfu=0.4):
+    """The table of what one run takes, and all runs of a target, on args.nproc GPUs of `peak`
+    FLOP/s (default: an H100's, dense bf16) of which they reach the share `mfu`."""
     vocab, seq_len = data_shape(args.data)
     s = method("Adam", args).settings
     config, sequences = Config.named(s["model"], vocab), s["steps"] * s["batch_size"]
     tokens, per_token = sequences * seq_len, config.flops_per_token(seq_len)
-    hours = tokens * per_token / (gpus * peak * mfu) / 3600
-    runs, source = number_of_runs(target, seeds, args.scale)
+    hours = tokens * per_token / (args.nproc * peak * mfu) / 3600
+    runs, source = number_of_runs(target, args.seeds, args.scale)
     lines = [("parameters", f"{config.parameters:,}"),
              ("tokens", f"{tokens:,} ({s['steps']} x {s['batch_size']} x {seq_len})"),
              ("FLOPs", f"{tokens * per_token:.3g} ({per_token:.3g} per token)"),
-             (f"hours on {gpus} x {peak:.3g} FLOP/s at {mfu:.0%}", f"{hours:,.2f}")]
+             (f"hours on {args.nproc} x {peak:.3g} FLOP/s at {mfu:.0%}", f"{hours:,.2f}")]
     for name in NAMES:
         found = method(name, args).settings
-        parts = memory(found, vocab, seq_len)
+        parts = memory(found, vocab, seq_len, args.nproc)
         sizes = ", ".join(f"{part} {size:.2f}" for part, size in parts.items())
         lines.append((f"GiB per GPU, {name}", f"{sum(parts.values()):.2f} ({sizes})"))
         checkpoint = (4 + state_bytes(found, vocab)) * config.parameters / 2**30
@@ -89,7 +89,7 @@ def paper(args):
     source = "No search: clipped SGD with the released settings, the others with ours, not tuned."
     if args.scale in SMALL:
         source = "No search: the best settings of an earlier one at nano."
-    print(f"{cost(args, seeds=args.seeds, gpus=args.nproc)}\n\n{source}\n",
+    print(f"{cost(args)}\n\n{source}\n",
           file=sys.stderr if args.dry else sys.stdout, flush=True)
     steps = args.override.get("steps", SCALES[args.scale]["steps"])
     curve = {"eval_every": max(1, steps // 10), "keep": "weights", **args.override}
@@ -120,15 +120,16 @@ def cost_main(words):
     option("--scale", choices=SCALES, default="nano")
     option("--data", default="data/c4", help="data directory, made by data/prepare.py")
     option("--target", choices=("paper", *EXPERIMENTS, "length", "spikes"), default="paper")
-    option("--gpus", type=int, default=8, help="how many [8]")
+    option("--seeds", type=int, default=1, help="of paper [1]; other targets as on their pages")
+    option("--gpus", dest="nproc", type=int, default=8, help="how many [8]")
     option("--peak", type=float, default=989e12, help="their FLOP/s [989e12: H100, dense bf16]")
     option("--mfu", type=float, default=0.4, help="the share of these that is reached [0.4]")
     args, others = parser.parse_known_args(words)
-    if min(args.gpus, args.peak, args.mfu) <= 0:
-        parser.error("--gpus, --peak and --mfu must be above 0")
+    if min(args.seeds, args.nproc, args.peak, args.mfu) <= 0:
+        parser.error("--seeds, --gpus, --peak and --mfu must be above 0")
     args.override = overrides(others, parser)
     try:
-        print(cost(args, args.target, gpus=args.gpus, peak=args.peak, mfu=args.mfu))
+        print(cost(args, args.target, args.peak, args.mfu))
     except UserError as e:
         sys.exit(f"cost: {e}")
 

@@ -33,7 +33,7 @@ def spikes(args):
     factor = SIZES[s["model"]][0] ** 0.5
     variants = VARIANTS | {"Fast Embed": {"init": "small", "embedding_mult": factor}}
     styles = dict(zip(variants, STYLES.values(), strict=True))
-    shape = resized(s, args, s["batch_size"] // 4, 2 * s["steps"]) | {"grad_clip": None}
+    shape = resized(args, s["batch_size"] // 4, 2 * s["steps"]) | {"grad_clip": None}
     grids = {(name, variant): lr_grid(name, args, **shape, **changes)
              for name in METHODS for variant, changes in variants.items()}
     run_all(sum(grids.values(), []), args)

@@ -195,13 +195,14 @@ def test_settings_that_train_refuses_stop_everything(stream, tmp_path, monkeypat
     for name, *words, expected in (
             ("lr", f"--data={stream}", *settings(steps=-1), "--steps=-1: it must be above 0"),
             ("gap", "--momentum=0.5", "--momentum=0.5: it does nothing for adamw"),
+            ("lr", "--nproc=3", "a batch of 32 sequences does not divide among 3 processes"),
             # what the search of clipped SGD on all rows would try after hours
             ("gap", f"--data={stream}", "--min_lr=0", "--schedule_update_clip=True: it needs"),
             ("cost", "--model=7b", "--model=7b: choose from micro"),
             ("cost", "--micro_batch=abc", "--micro_batch: invalid whole number value: 'abc'")):
         done = call(lambda: cost_main(words) if name == "cost" else main(name, *words))
         one_line(done, expected)
-        assert done.returncode == 2 and not done.stdout and not list(tmp_path.iterdir())
+        assert done.returncode and not done.stdout and not list(tmp_path.iterdir())
 
 
 def gpus_of_children(parent):
@@ -583,6 +584,10 @@ def test_cost(tmp_path, monkeypatch, call):
         out = cost("--scale=1b", f"--target={target}", "--gpus=16", "--mfu=0.5").stdout
         assert f"| hours of {target} | {hours} |" in out and "GiB kept of finished runs" in out
         assert f"as in results/{scale}/{target}.md | 118 |" in out
+    # without a micro-batch all of a GPU's sequences are there at once
+    out = cost("--scale=60m", "--gpus=16", "--micro_batch=none", "--seeds=5").stdout
+    assert f"logits {2048 / 16 * 256 * 32_000 * 4 / 2**30:.2f}" in out
+    assert "| runs of paper, stated settings, 5 seeds | 20 |" in out
     for scale, files in (("130m", 29), ("350m", 87)):
         out = cost(f"--scale={scale}").stdout
         assert f"in rows | {files}," in out and "| runs of paper, stated settings, one seed | 4" in out
@@ -624,3 +629,6 @@ def test_the_papers_runs_need_no_search(stream, tmp_path):
     assert "hours of paper | 54.3" in dry.stderr and len(dry.stdout.splitlines()) == 4
     paper = "--optimizer=clipped_sgd --lr=300.0 --token_clip=0.001 --update_clip=0.0002"
     assert paper in dry.stdout and "--nproc_per_node=8" in dry.stdout
+    # 32 sequences at a time would not divide the 20 of a process
+    dry = experiment("paper", "--scale=1b", "--nproc=2", "--batch_size=40", "--dry", cwd=tmp_path)
+    assert dry.stdout.count("--micro_batch=4 ") == 4
