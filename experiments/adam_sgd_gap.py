@@ -324,8 +324,7 @@ def thresholds(args):
 def frequency(args):
     """Figure 1 of Kunstner et al. 2024, with clipped SGD as one more optimizer; gap's runs."""
     names = NAMES[:3]
-    read_meta(args.data)
-    if not args.dry and not Path(args.data, "token_counts.npy").exists():
+    if not args.dry and token_counts(args.data, read_meta(args.data)["vocab_size"]) is None:
         raise UserError(f"{args.data}/token_counts.npy is missing: restore it, or prepare the data "
                         "again with data/prepare.py into another folder")
     found = concurrently(lambda name: final_runs(name, args), names, args)
