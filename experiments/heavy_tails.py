@@ -1,7 +1,7 @@
 """Heavy-tailed class imbalance on small problems (Kunstner et al. 2024, arXiv 2402.19449).
 
     python -m experiments.heavy_tails                             # all but large: two minutes
-    python -m experiments.heavy_tails large --steps=300           # the paper's size: two hours
+    python -m experiments.heavy_tails large --steps=50            # the paper's size: 1.5 hours
     python -m experiments.heavy_tails softmax --m=11 --steps=1000 # with the search, for a GPU
 
 quadratic, rates: two problems with known solutions. softmax: the loss by class frequency under ten
