@@ -2,6 +2,7 @@
 and searches; cells and curves of the pages; the command line.
 """
 import argparse
+import hashlib
 import math
 import shlex
 import signal
@@ -280,8 +281,11 @@ def overrides(words, parser):
 
 
 def in_name(value):
-    """A setting as a part of a page's name; data/news is news, other/news is other-news."""
-    return str(value).removeprefix("data/").strip("/").replace("/", "-")
+    """A setting as a part of a page's name: of a path, its last part; of one that is not in data/,
+    also four digits that tell it from others that end alike."""
+    *folders, last = str(value).rstrip("/").split("/")
+    digits = hashlib.sha256("/".join(folders).encode()).hexdigest()[:4]
+    return last if folders in ([], ["data"]) else f"{last}-{digits}"
 
 
 def main(experiments, data="data/python", **more):
