@@ -449,6 +449,9 @@ def main(argv):
         return 1
     except KeyboardInterrupt:  # before the loop
         return 130
+    except OSError as e:
+        print(f"train.py: {e}: start again, it continues from its last checkpoint", file=sys.stderr)
+        os._exit(1)  # a normal exit would flush standard output, which may be what failed
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
         sys.stdout.flush()

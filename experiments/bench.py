@@ -128,7 +128,7 @@ def bench_train(args):
     flops = Config.named(args.model, vocab).flops_per_token(T)
     speed["matmul roofline"] = lambda: matmul_flops(args.dtype) / flops
     if DEVICE == "cuda" and torch.cuda.get_device_name() in PEAK_FLOPS:
-        speed["peak (MFU)"] = lambda: PEAK_FLOPS[torch.cuda.get_device_name()] / flops
+        speed["bfloat16 peak (MFU)"] = lambda: PEAK_FLOPS[torch.cuda.get_device_name()] / flops
     baselines = [name for name in speed if not name.startswith("this repo")]
     compare(f"Training step of {args.model}: {B} x {T} tokens, vocabulary {vocab:,}, {args.dtype}",
             "tokens/s", ",.0f", args.rounds, speed, baselines)

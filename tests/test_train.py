@@ -131,6 +131,13 @@ def test_a_finished_run_is_left_alone(whole, stream, capsys):
     assert before == {p.name: p.read_bytes() for p in whole.iterdir()}
 
 
+def test_an_output_that_is_full_is_said_in_a_line(stream, tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, ROOT / "train.py", *settings(data=stream, out=tmp_path / "run")],
+                              stdout=full, stderr=subprocess.PIPE, text=True)
+    one_line(done, "No space left on device", "start again")
+
+
 def test_edited_code_is_said(whole, stream, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / "run")
     config = json.loads((whole / "config.json").read_text())
