@@ -36,6 +36,7 @@ def differences(theirs, ours, label):
                      for name in sorted({*ours, *theirs}) if theirs.get(name) != ours.get(name))
 
 
+@functools.cache
 def code_hashes():
     """Of each file that a run executes."""
     files = {name: Path(__file__).with_name(name).read_bytes() for name in CODE}

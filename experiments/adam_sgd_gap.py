@@ -324,9 +324,11 @@ def thresholds(args):
 def frequency(args):
     """Figure 1 of Kunstner et al. 2024, with clipped SGD as one more optimizer; gap's runs."""
     names = NAMES[:3]
-    if not args.dry and token_counts(args.data, read_meta(args.data)["vocab_size"]) is None:
-        raise UserError(f"{args.data}/token_counts.npy is missing: restore it, or prepare the data "
-                        "again with data/prepare.py into another folder")
+    if not args.dry:
+        counts = token_counts(args.data, read_meta(args.data)["vocab_size"])
+        if counts is None:
+            raise UserError(f"{args.data}/token_counts.npy is missing: restore it, or prepare the "
+                            "data again with data/prepare.py into another folder")
     found = concurrently(lambda name: final_runs(name, args), names, args)
     if args.dry:
         return None
@@ -336,7 +338,6 @@ def frequency(args):
         if "group_losses" not in run.evals[-1]:
             raise UserError(f"{run.out} ran while token_counts.npy was missing: move it and its "
                             "like away, and start again")
-    counts = token_counts(args.data, read_meta(args.data)["vocab_size"])
     rows, losses = [], {}
     for name, runs in final.items():
         for adam, run in zip(final["Adam"], runs):

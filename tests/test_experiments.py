@@ -195,14 +195,13 @@ def test_settings_that_train_refuses_stop_everything(stream, tmp_path, monkeypat
     for name, *words, expected in (
             ("lr", f"--data={stream}", *settings(steps=-1), "--steps=-1: it must be above 0"),
             ("gap", "--momentum=0.5", "--momentum=0.5: it does nothing for adamw"),
-            ("lr", "--nproc=3", "a batch of 32 sequences does not divide among 3 processes"),
             # what the search of clipped SGD on all rows would try after hours
             ("gap", f"--data={stream}", "--min_lr=0", "--schedule_update_clip=True: it needs"),
             ("cost", "--model=7b", "--model=7b: choose from micro"),
             ("cost", "--micro_batch=abc", "--micro_batch: invalid whole number value: 'abc'")):
         done = call(lambda: cost_main(words) if name == "cost" else main(name, *words))
         one_line(done, expected)
-        assert done.returncode and not done.stdout and not list(tmp_path.iterdir())
+        assert done.returncode == 2 and not done.stdout and not list(tmp_path.iterdir())
 
 
 def gpus_of_children(parent):
@@ -526,6 +525,10 @@ def test_bad_words_are_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as leave:
         main("gap", "--matrix_mult=2", "--dry")
     assert leave.value.code == "gap: the search is over this: drop --matrix_mult"
+    with pytest.raises(SystemExit) as leave:
+        main("lr", "--nproc=3")
+    assert "lr: a batch of 32 sequences does not divide among 3 processes" in leave.value.code
+    assert not list(tmp_path.iterdir())
     with pytest.raises(SystemExit) as leave:
         main("length", "--steps=5", "--dry")
     assert leave.value.code == "length: --lengths sets the steps: drop --steps"
