@@ -64,7 +64,8 @@ def at_other_seeds(tried, args):
     near the largest stable step size one seed may be lucky."""
     best, runs, others, lowest = None, [], [], math.inf
     for run in sorted(tried, key=lambda run: run.loss):
-        if best and run.loss >= lowest:
+        unknown = args.dry and lowest == math.inf
+        if best and (unknown or run.loss >= lowest):
             break
         seeds = run_all(rerun_with_new_seeds(run, args, first=1), args)
         mean = fmean(seed.loss for seed in seeds)

@@ -334,12 +334,19 @@ def one_seed_diverges(s):
     return 4 + valley(s, math.log10(s["lr"])) + (s["lr"] <= 1) * abs(s.get("momentum", 0) - 0.8)
 
 
+def one_seed_is_lucky(s):
+    """The search's, with Adam above its best learning rate."""
+    lucky = s["optimizer"] == "adamw" and s["lr"] > 1e-3 and s["seed"] == 42
+    return 4 + valley(s, math.log10(s["lr"])) - lucky
+
+
 # settings -> the final loss, a float; or the step where it diverged, an int; or None, it failed
 OUTCOMES = {
     "all is well": lambda s: 4 + valley(s, math.log10(s["lr"])),
     "SGD diverges": diverges_unless_adam,
     "all diverge": lambda s: 3,
     "one seed diverges": one_seed_diverges,
+    "one seed is lucky": one_seed_is_lucky,
     "some fail": lambda s: None if s["optimizer"] != "sgd" and s["lr"] in (3.16e-3, 100) else 5.0,
 }
 BEST = (
@@ -395,7 +402,8 @@ def test_every_page_stands_whatever_the_runs_came_to(
     monkeypatch.setattr(sys, "argv", [])
     others = [name for name in adam_sgd_gap.EXPERIMENTS if name != "gap"]
     others += ["spikes", "length --scale=micro", "length"]  # nano's starts from micro's
-    for target in ["gap", *(others if outcome != "one seed diverges" else [])]:
+    few = {"one seed diverges": ["gap"], "one seed is lucky": ["length --scale=micro"]}
+    for target in few.get(outcome, ["gap", *others]):
         name, *words = target.split()
         steps = 110 if name in ("dynamics", "spikes") else 30
         words = [name, *words, f"--data={stream}", *[f"--steps={steps}"] * (name != "length"),
@@ -443,6 +451,11 @@ def test_every_page_stands_whatever_the_runs_came_to(
             per_step, count = 32 * 32, Config.named(scale, 500).parameters
             assert {row["steps"] for row in rows if row["tokens_per_parameter"] == 20} == {
                 round(20 * count / per_step)}
+        if outcome == "one seed is lucky":
+            best = {(row["tokens_per_parameter"], row["lr"]) for row in rows
+                    if row["method"] == "Adam" and row["role"] == "seed"}
+            # at 7 and 20 the search's seed is the only one
+            assert best == {(0.4, 1e-3), (2, 1e-3), (7, 3.16e-3), (20, 3.16e-3)}
         if name == "gap" and outcome == "all is well":
             assert "**The longest runs read their text" in text  # 30 x 32 sequences
             for best in BEST:
