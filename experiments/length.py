@@ -1,7 +1,8 @@
 """The gap to Adam against the length of training, in tokens per parameter (ours).
 
-    python -m experiments.length --scale=micro                  # options as in adam_sgd_gap.py
-    python -m experiments.length --scale=nano --lengths=0.4,2   # at micro's settings, moved
+    python -m experiments.length --scale=micro      # options as in adam_sgd_gap.py
+    python -m experiments.length                    # nano, from micro's settings, moved
+    python -m experiments.length --lengths=0.4,2    # tokens per parameter
 
 Every length is a run of its own, with its own schedule. At micro, up to FULL tokens per parameter
 all settings of a method are searched, beyond that its step size and the settings in LONG; the
@@ -26,6 +27,7 @@ from model import Config
 NAMES = "Adam", "SGD with momentum", "clipped SGD", "clipped SGD, all rows", "SCALE"
 LONG = "beta1", "beta2", "momentum", "schedule_update_clip"  # searched at every length
 LENGTHS = 0.4, 2.0, 7.0, 20.0  # tokens per parameter; the paper's are 15 to 21
+NANO = LENGTHS[:3]  # data/packages has 12 tokens per parameter of nano
 FULL = 2.0  # up to here all settings are searched (at micro), and the best run at other seeds, too
 MICRO = Path("results/micro/length.json")
 
@@ -83,7 +85,7 @@ def length(args):
     per_step = s["batch_size"] * seq_len
     parameters = Config.named(s["model"], vocab_size).parameters
     shapes = {n: resized(args, s["batch_size"], round(n * parameters / per_step))
-              for n in args.lengths}
+              for n in args.lengths or (NANO if args.scale == "nano" else LENGTHS)}
 
     def along(name):
         found, start = {}, {}
@@ -160,4 +162,4 @@ def lengths(text):
 
 
 if __name__ == "__main__":
-    main({"length": length}, data="data/packages", lengths=(lengths, list(LENGTHS)))
+    main({"length": length}, data="data/packages", lengths=(lengths, "tokens per parameter"))

@@ -290,7 +290,7 @@ def in_name(value):
 
 def main(experiments, data="data/python", **more):
     """The command line: one of {name: function}, its options, and settings of train.py. data is
-    the default of --data; `more`, {name: (type, default)}, are options of these alone."""
+    the default of --data; `more`, {name: (type, help)}, are options of these alone."""
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, allow_abbrev=False,
         epilog="Any other --name=value is a setting of train.py for all runs.")
@@ -298,8 +298,8 @@ def main(experiments, data="data/python", **more):
     option("name", choices=experiments, nargs="?", default=next(iter(experiments)))
     option("--scale", choices=SCALES, default="nano")
     option("--data", default=data, help="data directory, made by data/prepare.py")
-    for name, (kind, value) in more.items():
-        option(f"--{name}", type=kind, default=value, help=str(value))
+    for name, (kind, text) in more.items():
+        option(f"--{name}", type=kind, help=text)
     option("--seeds", type=int, choices=range(1, 11), metavar="N",
            help=f"of final runs [{', '.join(f'{name} {n}' for name, n in SEEDS.items())}]")
     option("--nproc", type=int, default=1, help="processes per run, by torchrun [1]")
@@ -320,9 +320,9 @@ def main(experiments, data="data/python", **more):
     # what is not the default is in the page's name
     args.data_suffix = "" if args.data == data else f"-{in_name(args.data)}"
     args.suffix = args.data_suffix
-    for name, (_, value) in more.items():
-        if getattr(args, name) != value:
-            args.suffix += f"-{name}" + ",".join(f"{x:g}" for x in getattr(args, name))
+    for name in more:
+        if values := getattr(args, name):
+            args.suffix += f"-{name}" + ",".join(f"{value:g}" for value in values)
     default = SEEDS.get(args.name)
     args.suffix += "" if args.seeds in (None, default) else f"-seeds{args.seeds}"
     args.seeds = args.seeds or default
