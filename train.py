@@ -49,7 +49,7 @@ class Settings:
     out: str = setting("", "folder of this run; an unfinished run in it is continued")
     data: str = setting("data/python", "data directory, or a folder of llm.c's shards")
     model: str = setting("nano", "micro, nano, mini, 60m, 130m, 350m or 1b")
-    embedding: str | None = setting(None, "variant of the embedding: detach, norm, scale, large")
+    embedding: str | None = setting(None, "its variants (model.py): detach, norm, scale, large")
     init: str | None = setting(None, "small: initial weights of Takase et al.; none: N(0, 0.02)")
     init_from: str | None = setting(None, "start from this folder in Hugging Face's LLaMA format")
     seed: int = setting(42, "random seed of the initial weights and the data order")
@@ -65,12 +65,12 @@ class Settings:
         1e-3, "clipped_sgd: max. norm of a row of lm_head's momentum, or none")
     row_clip: float | None = setting(
         None, "clipped_sgd: the same for the other matrices, or none; all rows: set both")
-    row_clip_on: str = setting("all", "which matrices row_clip acts on: all, or embedding")
+    row_clip_on: str = setting("all", "matrices that row_clip acts on: all of these, or embedding")
     update_clip: float | None = setting(5e-4, "clipped_sgd: max. RMS of a tensor's update, or none")
     schedule_update_clip: bool = setting(False, "clipped_sgd: true: update_clip is scheduled as lr")
     beta1: float = setting(0.9, "adamw: decay of the average of gradients")
     beta2: float = setting(0.95, "adamw: decay of the average of squared gradients")
-    weight_decay: float = setting(0.0, "adamw: decoupled, of all weights, times the learning rate")
+    weight_decay: float = setting(0.0, "adamw: w -= lr * weight_decay * w, of all weights")
     grad_clip: float | None = setting(None, "max. global norm of the gradient, or none")
     # batch and schedule
     batch_size: int = setting(32, "sequences per step, over all devices and micro-batches")
@@ -83,7 +83,7 @@ class Settings:
     eval_tokens: int = setting(100_000, "targets per evaluation, the same ones each time")
     log_every: int = setting(10, "steps between printed lines; metrics.jsonl has every step")
     diag_every: int = setting(10, "steps between diagnostics (metrics.py)")
-    save_every: int | None = setting(None, "steps between checkpoints; none: 5 min., at a log line")
+    save_every: int | None = setting(None, "steps between checkpoints; none: about 5 minutes")
     keep: str = setting("all", "what stays of a finished run's checkpoint: all, weights or nothing")
     wandb: str | None = setting(None, "project of Weights & Biases to log to as well, or none")
     # machine
@@ -92,18 +92,19 @@ class Settings:
     device: str = setting("auto", "cpu or cuda; auto: cuda if there is a GPU")
 
 
-# settings that only some optimizers have (--grad_clip is for all), and allowed values of words
+# the settings that an optimizer has beside --lr and --grad_clip, as build_optimizer takes them
 OPTIMIZER_SETTINGS = {"clipped_sgd": ("momentum", "token_clip", "row_clip", "row_clip_on",
                                       "update_clip", "schedule_update_clip"),
                       "sgd": ("momentum",),
                       "adamw": ("beta1", "beta2", "weight_decay"),
                       "scale": ("momentum",)}
+# allowed values of text settings
 CHOICES = {"model": tuple(SIZES), "optimizer": tuple(OPTIMIZER_SETTINGS),
            "embedding": (None, "detach", "norm", "scale", "large"), "init": (None, "small"),
            "row_clip_on": ("all", "embedding"), "keep": ("all", "weights", "nothing"),
            "dtype": ("auto", "float32", "bfloat16"), "device": ("auto", "cpu", "cuda")}
-# may change when a run continues; the other settings and the content of data and init_from
-# identify it
+# may change when a run continues, data and init_from in their path alone: the other settings and
+# the content of these two identify it
 MAY_CHANGE = ("out", "data", "init_from", "micro_batch", "log_every", "diag_every", "save_every",
               "keep", "wandb", "compile", "device")
 
@@ -123,9 +124,11 @@ def converter(annotation):
     def convert(text):
         if text.lower() == "none" and type(None) in types:
             return None
-        if types[0] is bool and text.lower() not in ("true", "false"):
-            raise ValueError
-        return text.lower() == "true" if types[0] is bool else types[0](text)
+        if types[0] is bool:
+            if text.lower() not in ("true", "false"):
+                raise ValueError
+            return text.lower() == "true"
+        return types[0](text)
     names = {int: "whole number", float: "number", bool: "value (true or false)", str: "text"}
     convert.__name__ = names[types[0]]  # argparse says: invalid whole number value: '1e3'
     return convert
@@ -172,16 +175,16 @@ def parse(argv):
     require(s.row_clip or "row_clip_on" not in given, "row_clip_on",
             "it does nothing without --row_clip: give that, too")
     require(not s.schedule_update_clip or (s.update_clip and s.min_lr), "schedule_update_clip",
-            "it needs an --update_clip, and a --min_lr above 0")
+            "it needs an --update_clip, and a --min_lr above 0, as no clip may be 0")
     require(not s.init_from or not s.init, "init", "--init_from has the weights: drop one of them")
     require("lr" in given or s.optimizer == "clipped_sgd", "optimizer",
             "--lr is missing, this optimizer has no default")
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    share = s.batch_size // processes
+    sequences = s.batch_size // processes
     require(s.batch_size % processes == 0, "batch_size",
             f"it does not divide among {processes} processes: choose a multiple")
-    require(share % (s.micro_batch or 1) == 0, "micro_batch",
-            f"it does not divide the {share} sequences of a process: choose a divisor")
+    require(sequences % (s.micro_batch or 1) == 0, "micro_batch",
+            f"it does not divide the {sequences} sequences of a process: choose a divisor")
 
     # what this machine has
     require(s.device != "cuda" or torch.cuda.is_available(), "device",
@@ -217,8 +220,8 @@ def default_dtype(device):
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        cpu = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.11 may lack it
-        native = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+        capabilities = getattr(torch.cpu, "get_capabilities", lambda: {})  # 2.11 may lack it
+        native = capabilities().get("avx512_bf16") or capabilities().get("amx_bf16")
     return "bfloat16" if native else "float32"
 
 
@@ -271,7 +274,7 @@ def evaluate(model, dataset, groups, tokens, batch_size, dist, stop_signal):
     """
     num_groups = int(groups.max()) + 1
     sums = torch.zeros(2, num_groups, dtype=torch.float64, device=dist.device)  # losses, targets
-    for x, y in eval_batches(dataset, tokens, batch_size, dist.rank, dist.size):
+    for x, y in eval_batches(dataset, tokens, batch_size, dist.rank, dist.size):  # as many on each
         if dist.any_rank(stop_signal.number is not None):  # a signal to one rank stops all
             return None
         x, y = x.to(dist.device), y.to(dist.device)
@@ -292,7 +295,7 @@ def train(s):
     s.dtype = dist.rank0_first(choose_dtype, s, device)  # it is part of the run's identity
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bfloat16")
 
-    # data
+    # data; rank0_first: rank 0 first, so that an error is reported once, then the others
     sampler, val_data, groups = dist.rank0_first(open_data, s)
     groups = groups.to(device)
     micro_batch = s.micro_batch or default_micro_batch(s.batch_size // dist.size, device)
@@ -423,7 +426,7 @@ def train(s):
         # log, save, evaluate, each every so many steps
         to_log, to_eval, to_save = step % s.log_every == 0, is_eval_due(step), is_save_due(step)
         if to_log or to_eval or to_save:
-            metrics.flush(step)
+            metrics.flush(step)  # stops the clock, and sees whether the run has diverged
             if metrics.diverged:
                 return finish()
             if to_save:
