@@ -162,4 +162,5 @@ def lengths(text):
 
 
 if __name__ == "__main__":
-    main({"length": length}, data="data/packages", lengths=(lengths, "tokens per parameter [0.4,2,7,20; nano up to 7]"))
+    main({"length": length}, data="data/packages",
+         lengths=(lengths, "tokens per parameter [0.4,2,7,20; nano up to 7]"))
