@@ -181,7 +181,8 @@ def test_large_continues_from_its_checkpoints(tmp_path, monkeypatch, capsys):
             main(monkeypatch, "large", "--m=3", f"--steps={steps}")
         page = json.loads(Path("results/toy/large-m3-steps60.json").read_text())
         pages.append(page["rows"])
-    assert "runs/large-m3-sign-descent-0.00768.pt: 25 steps" in capsys.readouterr().out
+    path = f"runs/large-m3-sign-descent-0.00768{'-bf16' * heavy_tails.BF16}.pt"
+    assert f"{path}: 25 steps" in capsys.readouterr().out
     assert pages[0] == pages[1] and [row["method"] for row in pages[0]] == [
         "GD", "sign descent", "Adam"]
     # the paper's step sizes at m = 11, as much larger as there are fewer inputs: too large for GD
