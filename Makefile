@@ -15,11 +15,13 @@ help:  ## this list
 	@echo "SEEDS=runs of each final setting, NPROC=processes per run, JOBS=runs at a time,"
 	@echo "FLAGS=settings of train.py for all runs, DRY=1 to print the commands, TUNE=1 to search"
 	@echo "at a scale beyond nano, TARGET=what to cost, PYTHON=interpreter."
-	@awk -F ':.*## ' '/^[a-z\/]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z_\/]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## Adam, SGD with momentum and two clipped SGDs: a table and a picture in four to eight minutes
 
 gap: $(READY)  ## seven methods, each at its best settings: the gap to Adam, with intervals; four hours
+
+one_lr: $(READY)  ## of gap, the half with one learning rate for all tensors; an hour and a half
 
 lr: $(READY)  ## loss against learning rate, and the maximum stable learning rate; a quarter of an hour
 
@@ -33,7 +35,7 @@ thresholds: $(READY)  ## how the best clips move with width, batch size and step
 
 frequency: $(READY)  ## the loss of frequent and rare tokens along training; shares gap's runs
 
-demo gap lr ablation batch dynamics thresholds frequency:
+demo gap one_lr lr ablation batch dynamics thresholds frequency:
 	$(PY) -m experiments.adam_sgd_gap $@ $(OPTIONS)
 
 LONG := $(if $(filter command environment,$(origin DATA)),$(DATA),data/packages)
@@ -102,5 +104,5 @@ data/%:
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.PHONY: help demo gap lr ablation batch dynamics thresholds frequency spikes length paper cost toy images report \
+.PHONY: help demo gap one_lr lr ablation batch dynamics thresholds frequency spikes length paper cost toy images report \
 	bench drill test test-runs test-rest data/python data/packages

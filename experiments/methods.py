@@ -259,8 +259,10 @@ def plot_by_lr(axes, runs, style, label):
 # ---- the command line ----
 
 # how many final runs, where --seeds changes it
-SEEDS = {"demo": 1, "gap": 5, "frequency": 5, "ablation": 3, "spikes": 3, "length": 3, "paper": 1}
-SEARCHES = ("gap", "frequency", "ablation", "batch", "dynamics", "length")  # over all axes
+SEEDS = {"demo": 1, "gap": 5, "one_lr": 5, "frequency": 5, "ablation": 3, "spikes": 3, "length": 3,
+         "paper": 1}
+SEARCHES = (  # over all axes
+    "gap", "one_lr", "frequency", "ablation", "batch", "dynamics", "length")
 
 
 def overrides(words, parser):
