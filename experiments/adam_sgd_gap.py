@@ -103,21 +103,20 @@ def gap(args, blocks=tuple(TITLES)):
             axes.set_title(TITLES[block])
         for axes in panels[1:]:
             axes.set_ylabel(None)
-    separate = ""
+    second, alike = "", ""
     if "separate" in blocks:
-        separate = (
-            "Separate learning rates: a second search, from where the first ended, over the same "
-            "settings and over multipliers of the learning rate (for clipped SGD also of the "
-            "update clip) of the embedding, lm_head and the other matrices; gaps are taken one "
-            "learning rate to one, separate to separate. ")
+        second = ("Separate learning rates: a second search, from where the first ended, over the "
+                  "same settings and over multipliers of the learning rate (for clipped SGD also "
+                  "of the update clip) of the embedding, lm_head and the other matrices. ")
+        alike = ", one learning rate to one, separate to separate"
     return ExperimentResult(
         "Each method at its best settings", table, rows, all_runs,
         f"Each method at the best settings that a search found at seed {SEED}, run at other seeds; "
         "where one of these diverged, the search went on below that learning rate. Learning rates "
         "and clips are searched in steps of sqrt(10), then, with one learning rate for all "
         "tensors, from the best in half of these; of the two the better on the mean of the other "
-        f"seeds is shown. {separate}Mean and 95% interval (Student's t); gaps are taken seed by "
-        "seed; clipped shares are those of the first seed.", draw, (1, len(blocks)))
+        f"seeds is shown. {second}Mean and 95% interval (Student's t); gaps are taken seed by "
+        f"seed{alike}; clipped shares are those of the first seed.", draw, (1, len(blocks)))
 
 
 def one_lr(args):
