@@ -40,7 +40,7 @@ demo gap one_lr lr ablation batch dynamics thresholds frequency:
 
 LONG := $(if $(filter command environment,$(origin DATA)),$(DATA),data/packages)
 length: DATA = $(LONG)
-length: .venv/installed $(if $(DRY),,$(LONG))  ## the gap against tokens per parameter, up to 7: 2.5 hours; SCALE=micro: up to 20, five hours
+length: .venv/installed $(if $(DRY),,$(LONG))  ## the gap against tokens per parameter, up to 7: 2.7 hours; SCALE=micro: up to 20, five hours
 	$(PY) -m experiments.length $(OPTIONS)
 
 paper: $(READY)  ## at SCALE the paper's comparison at stated settings, no search: four runs
