@@ -45,9 +45,11 @@ def number_of_runs(target, seeds, scale):
     if target == "paper":
         text = "one seed" if seeds == 1 else f"{seeds} seeds"
         return len(NAMES) * seeds, f"stated settings, {text}"
-    for page in [Path(f"results/{s}/{target}.md") for s in (scale, *reversed(SMALL))]:
-        if page.exists() and (found := re.search(r"(\d+) runs, seed", page.read_text())):
-            return int(found[1]), f"as in {page}"
+    for folder in (scale, *reversed(SMALL)):
+        pages = Path("results", folder).glob(f"{target}[.-]*md")
+        for page in sorted(pages, key=lambda page: len(page.name)):  # its own first
+            if found := re.search(r"(\d+) runs, seed", page.read_text()):
+                return int(found[1]), f"as in {page}"
     return None, f"no page of {target} says how many"
 
 

@@ -602,6 +602,10 @@ def test_cost(tmp_path, monkeypatch, call):
         out = cost("--scale=1b", f"--target={target}", "--gpus=16", "--mfu=0.5").stdout
         assert f"| hours of {target} | {hours} |" in out and "GiB kept of finished runs" in out
         assert f"as in results/{scale}/{target}.md | 118 |" in out
+    # one_lr's page here is of other data
+    shutil.copy("results/nano/gap.md", "results/nano/one_lr-news.md")
+    out = cost("--scale=1b", "--target=one_lr").stdout
+    assert "| runs of one_lr, as in results/nano/one_lr-news.md | 118 |" in out
     # without a micro-batch all of a GPU's sequences are there at once
     out = cost("--scale=60m", "--gpus=16", "--micro_batch=none", "--seeds=5").stdout
     assert f"logits {2048 / 16 * 256 * 32_000 * 4 / 2**30:.2f}" in out
