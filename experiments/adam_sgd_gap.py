@@ -62,9 +62,10 @@ TITLES = {"one": "one learning rate for all tensors",
 
 
 def gap(args, blocks=tuple(TITLES)):
+    reason = "the search is over this" if "separate" in blocks else "all have one learning rate"
     for name in MULTIPLIERS:
         if name in args.override:
-            raise UserError(f"the search is over this: drop --{name}")
+            raise UserError(f"{reason}: drop --{name}")
 
     def search_blocks(name):
         runs = {"one": final_runs(name, args)}

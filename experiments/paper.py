@@ -45,11 +45,11 @@ def number_of_runs(target, seeds, scale):
     if target == "paper":
         text = "one seed" if seeds == 1 else f"{seeds} seeds"
         return len(NAMES) * seeds, f"stated settings, {text}"
-    for folder in (scale, *reversed(SMALL)):
-        pages = Path("results", folder).glob(f"{target}[.-]*md")
-        for page in sorted(pages, key=lambda page: len(page.name)):  # its own first
-            if found := re.search(r"(\d+) runs, seed", page.read_text()):
-                return int(found[1]), f"as in {page}"
+    folders = [Path("results", s) for s in (scale, *reversed(SMALL))]
+    for page in [page for name in (f"{target}.md", f"{target}-*.md")  # then of other settings
+                 for folder in folders for page in sorted(folder.glob(name))]:
+        if found := re.search(r"(\d+) runs, seed", page.read_text()):
+            return int(found[1]), f"as in {page}"
     return None, f"no page of {target} says how many"
 
 
